@@ -140,14 +140,17 @@ def test_rows_stay_unit_after_every_update_in_both_types(dtype):
         assert ((bank.rows.float().norm(dim=1) - 1).abs() < tolerance).all()
 
 
-def test_chunked_equals_dense_in_value_gradient_and_update():
-    z, bank = unit(16, 32, dtype=torch.float32).requires_grad_(), MemoryBank(1000, 32)
-    index, weight = torch.stack([torch.arange(16), torch.arange(16).flip(0)], 1) * 7, torch.tensor([[0.6, 0.4]] * 16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_chunked_equals_dense_in_value_gradient_and_update(dtype):
+    z, bank = unit(16, 32, dtype=dtype).requires_grad_(), MemoryBank(1000, 32, dtype)
+    index, weight = torch.stack([torch.arange(16), torch.arange(16).flip(0)], 1) * 7, torch.tensor([[0.6, 0.4]] * 16, dtype=dtype)
     dense = dense_losses(z, bank.rows, index, weight, None, 0.07, 0.5, False)
     chunked = chunked_losses(z, bank.rows, index, weight, 0.07, 0.5, False, 96)
-    for a, b in zip(dense[:2], chunked[:2]):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
-        torch.testing.assert_close(*(torch.autograd.grad(v, z, retain_graph=True)[0] for v in (a, b)), rtol=1e-5, atol=1e-7)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-12}
+    # In float32 the loss as it is trained, with the default lambda: the KL term alone is a small difference of large logarithms.
+    for a, b in zip(*((ce + 20 * kl, ce, *((kl,) if dtype == torch.float64 else ())) for ce, kl, _ in (dense, chunked))):
+        torch.testing.assert_close(a, b, **tolerance)
+        torch.testing.assert_close(*(torch.autograd.grad(v, z, retain_graph=True)[0] for v in (a, b)), **tolerance)
     want = grad_update(bank.rows, z.detach(), dense[2], index, 0.5, weight)
     bank.update_in_chunks(index, z, chunked[2], 0.07, 96, weight)
     torch.testing.assert_close(bank.rows, want, rtol=1e-5, atol=1e-6)
