@@ -23,7 +23,14 @@ ifneq ($(filter npid-ablation,$(MAKECMDGOALS)),)
 EPOCHS ?= 60
 LIMIT  ?= 1000
 endif
-ifneq ($(filter demo control layers batches npid-ablation efficiency,$(MAKECMDGOALS)),)
+# The study compares: each method at its published learning rate, a few hundred steps, two seeds.
+ifneq ($(filter study study-%,$(MAKECMDGOALS)),)
+EPOCHS ?= 4
+LIMIT  ?= 2560
+ARGS   ?=
+endif
+STUDY ?= --methods simclr,moco,byol,barlow --augs simclr,byol,multicrop --switch-methods simclr,byol --seeds 0,1 --knn-every 0 --probe-fraction 0.2
+ifneq ($(filter demo study study-% control layers batches npid-ablation efficiency,$(MAKECMDGOALS)),)
 ARCH   ?= resnet10
 STEM   ?= imagenet
 EPOCHS ?= 8
@@ -37,8 +44,9 @@ DATASET ?= shapes
 
 FLAGS = --dataset $(DATASET) --data $(DATA) $(if $(ARCH),--arch $(ARCH)) $(if $(STEM),--stem $(STEM)) $(if $(EPOCHS),--epochs $(EPOCHS)) \
         $(if $(LIMIT),--limit $(LIMIT)) $(if $(BATCH),--batch $(BATCH)) $(if $(SEED),--seed $(SEED)) $(if $(SIZE),--size $(SIZE)) \
-        $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
-PROBE_FLAGS = --dataset $(DATASET) --data $(DATA) $(if $(SEED),--seed $(SEED)) $(if $(SIZE),--size $(SIZE)) $(if $(DEVICE),--device $(DEVICE)) $(PROBE)
+        $(if $(CACHE),--cache $(CACHE)) $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
+PROBE_FLAGS = --dataset $(DATASET) --data $(DATA) $(if $(SEED),--seed $(SEED)) $(if $(SIZE),--size $(SIZE)) \
+              $(if $(CACHE),--cache $(CACHE)) $(if $(DEVICE),--device $(DEVICE)) $(PROBE)
 # What changes a result is part of the folder's name, so that another setting never meets the products of this one.
 TAG  = $(if $(ARCH),-$(ARCH))$(if $(STEM),-$(STEM))$(if $(EPOCHS),-e$(EPOCHS))$(if $(LIMIT),-n$(LIMIT))$(if $(BATCH),-b$(BATCH))$(if $(SEED),-s$(SEED))$(if \
        $(SIZE),-$(SIZE)px)$(if $(ARGS),-$(call sum,$(ARGS)))
@@ -46,14 +54,14 @@ sum = $(shell echo '$(1)' | cksum | cut -d' ' -f1)
 N  := $(if $(NPID),-$(call sum,$(NPID)))
 P  := probe$(if $(PROBE),-$(call sum,$(PROBE)))
 OUT ?= runs/$(DATASET)$(TAG)
-export CONTROL_GATE DATASET DATA ARCH STEM EPOCHS LIMIT BATCH SEED SIZE DEVICE ARGS NPID PROBE OUT PYTHON
+export CONTROL_GATE DATASET DATA ARCH STEM EPOCHS LIMIT BATCH SEED SIZE CACHE DEVICE ARGS NPID PROBE STUDY OUT PYTHON
 ENV := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/installed)
 # Two runs side by side, each on half of the cores, finish sooner than one after the other on all of them. (make efficiency takes times
 # that count, so it runs one at a time.)
 PAIRED = OMP_NUM_THREADS=$$($(PYTHON) -c 'import os; print(max(1, os.cpu_count() // 2))') $(MAKE) --no-print-directory -j2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test soak demo table seeds control layers batches npid-ablation efficiency cifar10 cifar100 tinyimagenet imagenet100 imagenet1k clean
+.PHONY: help setup test soak demo table seeds control layers batches npid-ablation efficiency study study-1 study-2 cifar10 cifar100 tinyimagenet imagenet100 imagenet1k clean
 
 help:
 	@echo 'make demo         install, draw shapes, pretrain, probe, print a table: minutes on two CPU cores'
@@ -62,8 +70,9 @@ help:
 	@echo 'make control      BA-SSL: what each fusion lets a network cheat, and what it gives on real pairs'
 	@echo 'make layers       BA-SSL: 0 to 4 Embedding Layers          make batches   BA-SSL: batch sizes 32 to 512'
 	@echo 'make npid-ablation  NPID and its terms, one added at a time   make efficiency NPID against MoCo v2: time, images, network'
+	@echo 'make study        methods x augmentations x seeds in one template, their effects beside the published ones (STUDY="its flags")'
 	@echo 'make test         the test suite                           make soak      the checks that take longer'
-	@echo 'variables: DATASET DATA EPOCHS ARCH STEM LIMIT BATCH SEED SIZE DEVICE, ARGS="further flags of the scripts",'
+	@echo 'variables: DATASET DATA EPOCHS ARCH STEM LIMIT BATCH SEED SIZE CACHE DEVICE, ARGS="further flags of the scripts",'
 	@echo '           NPID="further flags of npid_distill.py alone", PROBE="flags of linear_probe.py", OUT=folder of the products, PYTHON=an environment of your own'
 
 setup: $(ENV)
@@ -142,6 +151,13 @@ seeds: $(ENV)
 control layers batches npid-ablation: $(ENV)
 	+@$(PAIRED) $(OUT)/$@.md
 	@cat $(OUT)/$@.md
+# Two processes share the cells; either can be killed, and the same command goes on.
+study: $(ENV)
+	+@mkdir -p $(OUT)/study && $(PAIRED) study-1 study-2
+study-1:
+	$(PYTHON) aug_study.py --study $(FLAGS) $(STUDY) --out $(OUT)/study
+study-2:
+	@$(PYTHON) aug_study.py --study $(FLAGS) $(STUDY) --out $(OUT)/study > $(OUT)/study/second.log
 efficiency: $(ENV)
 	+@$(MAKE) --no-print-directory $(OUT)/$@.md
 	@cat $(OUT)/$@.md

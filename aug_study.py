@@ -16,6 +16,7 @@ Shapes: B batch, V views (global ones first), D embedding, K queue rows or proto
 """
 import copy
 import dataclasses
+import fcntl
 import json
 import math
 import pathlib
@@ -40,6 +41,7 @@ class Config:
     seeds: str = "0,1"           # of the study
     switch_methods: str = ""     # methods whose predictor and momentum the study switches as well, under their first augmentation
     archs: str = ""              # backbones of the study, the larger ones under the first augmentation; empty = --arch alone
+    probe_fraction: float = 1.0  # share of the training labels that the study's probes see
     lr: float = 0.0              # at batch 256, 0 = the method's own (column lr of METHODS)
     wd: float = 5e-4             # lightly's CIFAR-10 benchmark
     batch: int = 512             # lightly's CIFAR-10 benchmark
@@ -406,34 +408,56 @@ def grid(cfg) -> list[tuple[Cell, int]]:
 
 
 def study(cfg) -> None:
-    """Run every cell that has no row yet, then print the tables and write them to OUT; a cell that fails is named and the others go on."""
+    """Run every cell that has no row yet, then print the tables and write them to OUT; a cell that fails is named and the others go on.
+
+    Several processes may be started with the same command: each takes cells that no other is at, and waits for the rest at the end.
+    """
     import common
-    import linear_probe
 
     out = pathlib.Path(cfg.out or f"runs/{cfg.dataset}/study")
-    accuracy, rates, missing = {}, {}, []
-    cells = grid(cfg)
-    for number, (cell, seed) in enumerate(cells, 1):
-        folder = out / "-".join([cell.method, cell.aug, cell.arch, f"p{cell.predictor}", f"m{cell.momentum}", f"s{seed}"])
-        rows = folder / "results.jsonl"
-        if not rows.exists():
-            print(f"cell {number} of {len(cells)}: {folder.name}", flush=True)
-            run = dataclasses.replace(cfg, methods=cell.method, augs=cell.aug, arch=cell.arch, predictor=cell.predictor, momentum=cell.momentum, seed=seed,
-                                      study=False, out=str(folder))
-            try:
-                train(run)
-            except common.RunError as error:
-                missing.append(f"{folder.name} ({error})")
+    cells, rows, failed = grid(cfg), {}, {}
+    for wait in (False, True):
+        for number, (cell, seed) in enumerate(cells, 1):
+            folder = out / "-".join([cell.method, cell.aug, cell.arch, f"p{cell.predictor}", f"m{cell.momentum}", f"s{seed}"])
+            if folder in rows or folder in failed:
                 continue
-            linear_probe.probe(linear_probe.Config(backbone=str(folder / "backbone.pt"), dataset=cfg.dataset, data=cfg.data, size=cfg.size, epochs=0,
-                                                   workers=cfg.workers, device=cfg.device))
-        row = json.loads(rows.read_text().splitlines()[-1])
-        accuracy[states(cell), seed], rates[states(cell), seed] = row["probe_top1"], row["images_per_s"]
-    text = report(cfg, accuracy, rates, missing)
-    out.mkdir(parents=True, exist_ok=True)
+            try:
+                row = run_cell(cfg, cell, seed, folder, wait, f"cell {number} of {len(cells)}: {folder.name}")
+                rows |= {folder: (cell, seed, row)} if row else {}
+            except common.RunError as error:
+                failed[folder] = f"{folder.name} ({error})"
+    accuracy = {(states(cell), seed): row["probe_top1"] for cell, seed, row in rows.values()}
+    rates = {(states(cell), seed): row["images_per_s"] for cell, seed, row in rows.values()}
+    text = report(cfg, accuracy, rates, list(failed.values()))
     common.write_text(out / "study.md", text + "\n")
     print(text)
     draw_effects(out / "effects.png", effects(accuracy))
+
+
+def run_cell(cfg, cell: Cell, seed: int, folder: pathlib.Path, wait: bool, title: str) -> dict | None:
+    """The result row of one cell: read if it is there, else made by pretraining and probing; None where another process is at it and wait
+    is False. Raises UsageError where the row that is there was made with other settings, RunError where the run fails."""
+    import common
+    import linear_probe
+
+    run = dataclasses.replace(cfg, methods=cell.method, augs=cell.aug, arch=cell.arch, predictor=cell.predictor, momentum=cell.momentum, seed=seed,
+                              lr=cfg.lr or METHODS[cell.method].lr, out=str(folder), study=False, seeds="", switch_methods="", archs="")
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "cell.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            return None
+        results = folder / "results.jsonl"
+        if not results.exists():
+            print(title, flush=True)
+            train(run)
+            linear_probe.probe(linear_probe.Config(backbone=str(folder / "backbone.pt"), dataset=cfg.dataset, data=cfg.data, size=cfg.size, epochs=0,
+                                                   fraction=cfg.probe_fraction, workers=cfg.workers, cache=cfg.cache, device=cfg.device))
+        row = json.loads(results.read_text().splitlines()[-1])
+        if row["settings"] != linear_probe.settings_digest(vars(run)):
+            raise common.UsageError(f"{folder} holds a row that was made with other flags; choose another --out")
+        return row
 
 
 def report(cfg, accuracy: dict, rates: dict, missing: list[str]) -> str:

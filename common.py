@@ -79,6 +79,7 @@ class RunConfig:
     seed: int = 0                # of weights, order, augmentation; same seed, machine and versions: same result
     out: str = ""                # folder of this run; empty = runs/<dataset>/<method>
     workers: int = 2             # processes that decode images; sets that fit in memory are decoded once
+    cache: str = ""              # folder that keeps decoded images between runs; empty = decode the files
     device: str = "auto"         # auto = cuda, then mps, then cpu; or cpu, cuda, cuda:1, mps
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # autocast; auto = bf16 where the hardware has it, else off
     compile: bool = False        # torch.compile the network; not bit-reproducible
@@ -90,7 +91,7 @@ class RunConfig:
 
 
 # Fields that may differ between a checkpoint and the run that resumes it: where and how to compute, not what.
-FREE_FIELDS = {"data", "out", "workers", "device", "save_every", "preview"}
+FREE_FIELDS = {"data", "out", "workers", "cache", "device", "save_every", "preview"}
 SIZES = {"shapes": 32, "cifar10": 32, "cifar100": 32, "tinyimagenet": 64, "imagenet100": 224, "imagenet1k": 224, "folder": 224}
 ALIASES = {"batch": ["-b", "--batch-size"], "data": ["--data-dir"]}
 
@@ -176,38 +177,73 @@ def draw_shapes(n: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
 
 
 class ImageSet(torch.utils.data.Dataset):
-    """Images of one split: labels (N,) int64, -1 where there is no class; classes, their names; and either pixels
-    (N, 3, H, H) uint8 in memory or files, decoded to that shape by the workers of batches()."""
+    """Images of one split: labels (N,) int64, -1 where there is no class; classes, their names; and their pixels, (3, H, H) uint8 each:
+    `pixels` (N, 3, H, H) in memory, or else `files`, decoded by the workers of batches(), or row numbers of `store`, a map on disk."""
 
-    def __init__(self, labels: Tensor, classes: list[str], pixels: Tensor | None = None, files: list[str] | None = None, size: int = 0):
-        self.labels, self.classes, self.pixels, self.files, self.size = labels, classes, pixels, files, size
+    def __init__(self, labels: Tensor, classes: list[str], pixels: Tensor | None = None, files: list | None = None, size: int = 0, store=None):
+        self.labels, self.classes, self.pixels, self.files, self.size, self.store = labels, classes, pixels, files, size, store
+        self.broken: dict[int, str] = {}  # position -> file and reason, of the images that did not decode so far
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, i: int) -> Tensor:
-        return self.pixels[i] if self.files is None else decode(self.files[i], self.size)
-
-    def decoded(self, order: list[Tensor], workers: int, pin: bool = False):
-        """Yields (positions that decode, their pixels (M, 3, H, H) or None, what is wrong with each of the others) from worker processes."""
-        return torch.utils.data.DataLoader(range(len(self)), batch_sampler=[i.tolist() for i in order], num_workers=workers,
-                                           pin_memory=pin, collate_fn=_TryDecode(self))
+        if self.files is None:
+            return self.pixels[i]
+        return decode(self.files[i], self.size) if self.store is None else torch.from_numpy(np.array(self.store[self.files[i]]))
 
     def subset(self, index: Tensor) -> "ImageSet":
         """The images at these positions (M,), in this order."""
         files = None if self.files is None else [self.files[i] for i in index.tolist()]
-        return ImageSet(self.labels[index], self.classes, None if self.pixels is None else self.pixels[index.to(self.pixels.device)], files, self.size)
+        pixels = None if self.pixels is None else self.pixels[index.to(self.pixels.device)]
+        return ImageSet(self.labels[index], self.classes, pixels, files, self.size, self.store)
 
     def batches(self, order: list[Tensor], device: torch.device, workers: int = 0):
-        """Yields (images (B, 3, H, H) uint8, index (B,)) on the device for each tensor of positions in order."""
+        """Yields (images (B, 3, H, H) uint8, index (B,)) on the device for each tensor of positions in order.
+
+        Images that do not decode are left out and noted in `broken`. Raises RunError where that is more than 1 % of all, or where a
+        worker process dies.
+        """
         if self.files is None:
             for index in order:
                 yield self.pixels[index.to(self.pixels.device)].to(device), index.to(device)
             return
-        for index, (_, images, bad) in zip(order, self.decoded(order, workers, pin=device.type == "cuda")):
-            if bad:
-                raise RunError(f"images that do not decode: {'; '.join(bad)}")
-            yield images.to(device, non_blocking=True), index.to(device)
+        loader = torch.utils.data.DataLoader(range(len(self)), batch_sampler=[i.tolist() for i in order], num_workers=workers,
+                                             pin_memory=device.type == "cuda", collate_fn=_TryDecode(self))
+        try:
+            for good, images, bad in loader:
+                self.broken.update(bad)
+                if len(self.broken) > 0.01 * len(self):
+                    raise RunError(f"{len(self.broken)} of {len(self)} images do not decode: {'; '.join([*self.broken.values()][:20])}")
+                if good:
+                    yield images.to(device, non_blocking=True), torch.tensor(good, device=device)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise RunError(f"a process that decodes images died ({str(error).splitlines()[0]}); out of memory? try fewer --workers") from None
+
+    def report_broken(self, already: int = 0) -> int:
+        """Name the images that did not decode, but for the first `already` of them; returns how many there are."""
+        if len(self.broken) > already:
+            print(f"skipped {len(self.broken)} of {len(self)} images that do not decode: {'; '.join([*self.broken.values()][already:])}", file=sys.stderr)
+        return len(self.broken)
+
+
+class _TryDecode:
+    """Positions -> (those that decode, their pixels or None, position -> reason of the others). A class, so that workers can be sent it."""
+
+    def __init__(self, images: ImageSet):
+        self.images = images
+
+    def __call__(self, positions: list[int]):
+        good, pixels, bad = [], [], {}
+        for i in positions:
+            try:
+                pixels.append(self.images[i])
+                good.append(i)
+            except Exception as error:  # Pillow raises many kinds for a broken file; each is reported with the file's name
+                bad[i] = f"{self.images.files[i]} ({error})"
+        return good, torch.stack(pixels) if pixels else None, bad
 
 
 def decode(path: str, size: int) -> Tensor:
@@ -251,49 +287,71 @@ def read_tree(root: pathlib.Path, size: int, only: list[str] | None = None) -> I
     return ImageSet(torch.tensor([label for _, label in files]), classes, files=[path for path, _ in files], size=size)
 
 
-def load_images(dataset: str, data: str, split: str, size: int, workers: int = 0) -> ImageSet:
-    """A dataset's "train" or "test" images, stored at working_size(size) pixels. Up to 2 GiB are decoded at once and kept in memory.
+IN_MEMORY = 2 << 30  # bytes of decoded images that are kept in memory
 
+
+def load_images(dataset: str, data: str, split: str, size: int, workers: int = 0, limit: int = 0, cache: str = "") -> ImageSet:
+    """A dataset's "train" or "test" images, stored at working_size(size) pixels; limit: the first of a fixed shuffle, 0 = all.
+
+    Up to IN_MEMORY are decoded at once and kept; more are decoded by workers whenever they are read, or read from a cache on disk.
     Raises UsageError where the folder is missing, RunError where what it holds cannot be read.
     """
     root, stored = pathlib.Path(data), working_size(size)
     if dataset == "shapes":
         pixels, labels = draw_shapes(*{"train": (10_000, 0), "test": (2_000, 1)}[split], size=size)
-        return ImageSet(labels, SHAPES, pixels)
-    if dataset in ("cifar10", "cifar100"):
-        if (root / dataset / split).is_dir():
-            images = read_tree(root / dataset / split, stored)
-        else:
-            images = download_cifar(dataset, root, split, stored)
+        images = ImageSet(labels, SHAPES, pixels)
+    elif dataset in ("cifar10", "cifar100") and not (root / dataset / split).is_dir():
+        images = download_cifar(dataset, root, split, stored)
+    elif dataset in ("cifar10", "cifar100"):
+        images = read_tree(root / dataset / split, stored)
     else:
         images = find_tree(dataset, root, split, stored)
-    if images.files is not None and len(images) * 3 * stored**2 <= 2 << 30:
-        keep, pixels, broken = [], [], []
-        for good, chunk, bad in images.decoded(list(torch.arange(len(images)).split(256)), workers):
-            keep, pixels, broken = keep + good, pixels + ([] if chunk is None else [chunk.clone()]), broken + bad  # the clone frees the worker's shared memory
-        if broken and len(broken) > 0.01 * len(images):
-            raise RunError(f"{len(broken)} of {len(images)} images in {root} do not decode: {'; '.join(broken[:20])}")
-        if broken:
-            print(f"skipped {len(broken)} of {len(images)} images that do not decode: {'; '.join(broken)}", file=sys.stderr)
-        images = ImageSet(images.labels[torch.tensor(keep)], images.classes, torch.cat(pixels), size=stored)
-    return images
+    if cache and images.files is not None:
+        images = cached(images, pathlib.Path(cache) / f"{dataset}-{split}-{stored}", workers)
+    if limit and limit < len(images):
+        images = images.subset(torch.randperm(len(images), generator=seeded(0))[:limit])
+    if images.files is None or len(images) * 3 * stored**2 > IN_MEMORY:
+        return images
+    pixels, positions = zip(*[(chunk.clone(), index) for chunk, index in   # the clone frees the worker's shared memory
+                              images.batches(list(torch.arange(len(images)).split(256)), torch.device("cpu"), workers)])
+    images.report_broken()
+    positions = torch.cat(positions)
+    return ImageSet(images.labels[positions], images.classes, torch.cat(pixels), size=stored)
 
 
-class _TryDecode:
-    """Positions -> what ImageSet.decoded yields. A class, so that worker processes can be sent it."""
+def cached(images: ImageSet, path: pathlib.Path, workers: int) -> ImageSet:
+    """The same images read from path.u8, a map of (N, 3, H, H) uint8 on disk that is made where there is none.
 
-    def __init__(self, images: ImageSet):
-        self.images = images
-
-    def __call__(self, positions: list[int]):
-        good, pixels, bad = [], [], []
-        for i in positions:
-            try:
-                pixels.append(self.images[i])
-                good.append(i)
-            except Exception as error:  # Pillow raises many kinds for a broken file; each is reported with the file's name
-                bad.append(f"{self.images.files[i]} ({error})")
-        return good, torch.stack(pixels) if pixels else None, bad
+    path.pt, written last, says what the map holds: the names of the files, their labels, and which of them decode. A map without it, of
+    another size, or of other files is made anew, so one that was interrupted is never read. Raises RunError where it cannot be written.
+    """
+    names = hashlib.sha256("\n".join(map(os.path.abspath, images.files)).encode()).hexdigest()
+    shape, store, about = (len(images), 3, images.size, images.size), path.with_suffix(".u8"), path.with_suffix(".pt")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # a second run waits here until the first has made the map
+            facts = read_checkpoint(about) if about.exists() and store.exists() and store.stat().st_size == math.prod(shape) else {}
+            if facts.get("names") != names:
+                print(f"writing {math.prod(shape) / 1e9:.1f} GB of decoded images to {store}", flush=True)
+                about.unlink(missing_ok=True)
+                whole = torch.zeros(len(images), dtype=torch.bool)
+                with open(store, "wb") as file:
+                    for chunk, index in images.batches(list(torch.arange(len(images)).split(256)), torch.device("cpu"), workers):
+                        whole[index] = True
+                        for row, i in zip(chunk, index.tolist()):
+                            file.seek(i * row.numel())
+                            file.write(row.numpy().tobytes())
+                    file.truncate(math.prod(shape))
+                    file.flush()
+                    os.fsync(file.fileno())
+                images.report_broken()
+                facts = {"names": names, "whole": whole}
+                write_checkpoint(about, facts)
+    except OSError as error:
+        raise RunError(f"could not write the cache {store} ({error.strerror})") from None
+    rows = facts["whole"].nonzero()[:, 0]
+    return ImageSet(images.labels[rows], images.classes, files=rows.tolist(), size=images.size, store=np.memmap(store, np.uint8, "r", shape=shape))
 
 
 def working_size(size: int) -> int:
@@ -542,14 +600,19 @@ def pick_stem(stem: str, size: int) -> str:
 
 
 @torch.no_grad()
-def features(encoder: nn.Module, images: ImageSet, size: int, device: torch.device, workers: int = 0, batch: int = 500) -> Tensor:
-    """Frozen features (N, dim) float32 of an ImageSet's centre views, in eval mode; the encoder's mode is put back."""
-    mode, rows = encoder.training, []
+def features(encoder: nn.Module, images: ImageSet, size: int, device: torch.device, workers: int = 0, batch: int = 500) -> tuple[Tensor, Tensor]:
+    """Frozen features (N, dim) float32 of an ImageSet's centre views and their labels (N,), in eval mode; the encoder's mode is put back.
+
+    N is the number of images that decode.
+    """
+    mode, rows, positions = encoder.training, [], []
     encoder.eval()
-    for chunk, _ in images.batches(list(torch.arange(len(images)).split(batch)), device, workers):
+    for chunk, index in images.batches(list(torch.arange(len(images)).split(batch)), device, workers):
         rows.append(encoder(center_view(chunk, size).contiguous(memory_format=torch.channels_last)).float())
+        positions.append(index)
     encoder.train(mode)
-    return torch.cat(rows)
+    images.report_broken()
+    return torch.cat(rows), images.labels.to(device)[torch.cat(positions)]
 
 
 # ------------------------------------------------------------------------------------------- precision and optimisers
@@ -753,9 +816,7 @@ class Run:
         if self.device.type == "cpu" and self.stem == "imagenet" and self.size <= 16:
             # oneDNN leaves parts of the weight gradient of a strided bf16 convolution on 1 x 1 inputs unwritten.
             self.dtype = torch.float32
-        images = load_images(cfg.dataset, cfg.data, "train", self.size, cfg.workers)
-        if cfg.limit:
-            images = images.subset(torch.randperm(len(images), generator=seeded(0))[:cfg.limit])
+        images = load_images(cfg.dataset, cfg.data, "train", self.size, cfg.workers, cfg.limit, cfg.cache)
         if len(images) < cfg.batch:
             raise UsageError(f"--batch {cfg.batch} is larger than the {len(images)} training images")
         if images.files is None:
@@ -882,6 +943,7 @@ class Run:
                 signal.signal(number, handler)
 
     def _epochs(self):
+        broken = 0
         while self.epoch < self.cfg.epochs:
             order = torch.randperm(len(self.images), generator=seeded("order", self.cfg.seed, self.epoch))
             order = order.to(self.device if self.images.files is None else "cpu").split(self.cfg.batch)[:self.steps_per_epoch]
@@ -890,6 +952,9 @@ class Run:
                 rate = self.lr * cosine(self.step, self.steps, round(self.cfg.warmup * self.steps_per_epoch))
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate
+                if len(index) < self.cfg.batch:  # the place of an image that does not decode is taken by another of its batch
+                    again = torch.arange(self.cfg.batch, device=self.device) % len(index)
+                    images, index = images[again], index[again]
                 yield images, index
                 self.step += 1
                 self.progress.step()
@@ -902,6 +967,7 @@ class Run:
                     raise SystemExit(128 + self.stopping)
             self.seconds += time.monotonic() - began
             self.epoch += 1
+            broken = self.images.report_broken(broken)
             self._end_epoch()
         self.save()
         tensors = {key: value.cpu() for key, value in self.encoder.state_dict().items()}
@@ -949,12 +1015,12 @@ class Run:
         query = self.images.subset(order[:min(2000, max(1, len(order) // 10))])
         bank = self.images.subset(order[len(query):len(query) + 10_000])
         with self.autocast():
-            z, rows = (features(self.encoder, images, self.size, self.device, self.cfg.workers) for images in (query, bank))
-        result = spectrum(z)
+            test, train = (features(self.encoder, images, self.size, self.device, self.cfg.workers) for images in (query, bank))
+        result = spectrum(test[0])
         if len(bank) and len(self.images.classes) > 1:
             from linear_probe import knn
 
-            result = {"knn_top1": round(knn(rows, bank.labels.to(self.device), z, query.labels.to(self.device)), 2), **result}
+            result = {"knn_top1": round(knn(*train, *test), 2), **result}
         return result
 
 

@@ -51,6 +51,7 @@ class Config:
     seed: int = 0                # of the SGD probe, the choice of labels, and the random network
     out: str = ""                # folder whose results.jsonl gets the row; empty = the backbone's, or runs/<dataset>/random
     workers: int = 2             # processes that decode images
+    cache: str = ""              # folder that keeps decoded images between runs; empty = decode the files
     device: str = "auto"         # auto = cuda, then mps, then cpu
     neighbours: str = ""         # write a PNG: test images, each beside its eight nearest training images, and stop
     table: str = ""              # print Markdown tables from the results.jsonl files named behind it, and stop
@@ -223,6 +224,14 @@ def fingerprint(module: nn.Module) -> str:
 # ------------------------------------------------------------------------------------------- rows and tables
 
 
+def settings_digest(config: dict) -> str:
+    """Eight hex digits that two runs share whose flags differ in the seed, or in where and how they computed, alone."""
+    settings = {key: value for key, value in config.items() if key not in {*common.FREE_FIELDS, "seed", "unpaired"}}
+    if config.get("unpaired"):
+        settings["gate"] = 0.0  # a control run belongs to the runs with the fusion's own gate
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
 def run_facts(backbone: str) -> dict:
     """What the log beside a backbone.pt says of its pretraining: the fields of a result row, or an empty dict where there is no log."""
     log = pathlib.Path(backbone).parent / "log.jsonl"
@@ -230,14 +239,11 @@ def run_facts(backbone: str) -> dict:
         return {}
     header, *lines = [json.loads(line) for line in log.read_text().splitlines()]
     cfg, last = header["config"], lines[-1] if lines else {}
-    settings = {key: value for key, value in cfg.items() if key not in {*common.FREE_FIELDS, "seed", "unpaired"}}
-    if cfg.get("unpaired"):
-        settings["gate"] = 0.0  # a control run belongs to the runs with the fusion's own gate
     return {"method": header["method"], "variant": header["variant"], "pretrained_on": cfg["dataset"], "images": header["images"],
             "epochs": cfg["epochs"], "batch": cfg["batch"], "seed": cfg["seed"], "minutes": last.get("minutes"),
             "images_per_s": last.get("images_per_s"), "device": header["device"], "precision": header["precision"], "sha": header["sha"],
             "torch": header["torch"], "command": header["command"], "train_loss": last.get("loss"), "effective_lr": header["effective_lr"],
-            "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8],
+            "settings": settings_digest(cfg),
             "gates": [value for name, value in last.items() if name.startswith("gate_")],
             "parameters": header["encoder_parameters"], "curve": [[line["minutes"], line["knn_top1"]] for line in lines if "knn_top1" in line]}
 
@@ -398,7 +404,7 @@ def probe(cfg: Config) -> dict | None:
         encoder, arch, stem = load_backbone(cfg.backbone, cfg.arch, cfg.stem)
     encoder = encoder.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     before = fingerprint(encoder)
-    train, test = (load_images(cfg.dataset, cfg.data, split, size, cfg.workers) for split in ("train", "test"))
+    train, test = (load_images(cfg.dataset, cfg.data, split, size, cfg.workers, cache=cfg.cache) for split in ("train", "test"))
     if len(train.classes) < 2:
         raise UsageError(f"{cfg.data} has no classes, so there is nothing to probe; want DIR/train/<class>/... and DIR/test/<class>/...")
     if train.classes != test.classes:
@@ -406,8 +412,9 @@ def probe(cfg: Config) -> dict | None:
     if cfg.fraction < 1:
         train = label_fraction(train, cfg.fraction, cfg.seed)
     began = time.monotonic()
-    (train_x, train_y), (test_x, test_y) = ((features(encoder, s, size, device, cfg.workers), s.labels.to(device)) for s in (train, test))
+    (train_x, train_y), (test_x, test_y) = (features(encoder, images, size, device, cfg.workers) for images in (train, test))
     if cfg.neighbours:
+        train, test = (images.subset(torch.tensor([i for i in range(len(images)) if i not in images.broken])) for images in (train, test))
         return draw_neighbours(cfg.neighbours, train, test, train_x, test_x)
     metrics = {"knn_top1": knn(train_x, train_y, test_x, test_y), "knn20_top1": knn(train_x, train_y, test_x, test_y, 20, 0.07),
                "probe_top1": quick_probe(train_x, train_y, test_x, test_y, len(train.classes))}

@@ -42,7 +42,7 @@ class Config:
     bank_momentum: float = 0.5   # m of the bank update; official run.sh
     negatives: int = 10_000      # rows sampled per step beside the batch's own, 0 = the whole bank; official run.sh
     dim: int = 2048              # width of the projector and of the bank; official run.sh
-    bank_dtype: Literal["fp32", "bf16"] = "fp32"    # of the rows and their products; ours
+    bank_dtype: Literal["fp32", "bf16"] = "fp32"    # of the stored rows; products are in the precision of the run; ours
     chunk: int = 8_192           # rows per block when the whole bank is in play; ours
     batch: int = 512             # images per step; official run.sh
     epochs: int = 200            # passes over the training images; official run.sh
@@ -84,7 +84,8 @@ def dense_losses(z: Tensor, rows: Tensor, positive: Tensor, weight: Tensor | Non
                  temper_kl: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy, KL term, and p (B, K) without gradient, of unit embeddings z (B, D) against rows (K, D) held as constants.
 
-    repeated (K,) bool marks columns that are a second copy of a row: they count as absent.
+    The product is in the type of rows, all else in float32 or better. repeated (K,) bool marks columns that are a second copy of a row:
+    they count as absent.
     """
     with torch.autocast(z.device.type, enabled=False):
         cosine = (z.to(rows.dtype) @ rows.T).to(torch.promote_types(rows.dtype, torch.float32))  # (B, K)
@@ -138,12 +139,13 @@ def grad_update(rows: Tensor, z: Tensor, prob: Tensor, positive: Tensor, momentu
     so -tau * gradient summed over the batch is  d_k = sum_i (1[k = i] - p_ik) z_i:  row i moves toward z_i, every other row away from it
     by its probability. The step is  w <- normalise(m w + (1 - m) d):  m is the share of the old row, as in NPID's own average
     normalise(m w_i + (1 - m) z_i), which this becomes where prob is 0. positive (B,) or (B, L), weight (B, L): as in instance_ce, with
-    the indicator replaced by the label's share; an image that stands in the batch twice contributes twice.
+    the indicator replaced by the label's share; an image that stands in the batch twice contributes twice. The product is in the type
+    of z, the sum in float32 or better.
     """
     positive, weight = two_columns(positive, weight, prob)
     share = prob.neg().scatter_add(1, positive, weight)                                # (B, K)
     exact = torch.promote_types(rows.dtype, torch.float32)
-    return F.normalize(momentum * rows.to(exact) + (1 - momentum) * (share.T @ z.to(share.dtype)).to(exact), dim=1).to(rows.dtype)
+    return F.normalize(momentum * rows.to(exact) + (1 - momentum) * (share.to(z.dtype).T @ z).to(exact), dim=1).to(rows.dtype)
 
 
 class MemoryBank(nn.Module):
@@ -288,7 +290,7 @@ def train(cfg) -> None:
         else:
             columns, own, repeated = bank.in_play(index, cfg.negatives, run.generator("negatives", run.device))
             own = torch.stack([own, own[partner]], 1)                                   # (B, 2)
-            ce, kl, prob = dense_losses(z, bank.rows[columns], own, weight, repeated, cfg.tau, cfg.power, cfg.temper_kl)
+            ce, kl, prob = dense_losses(z, bank.rows[columns].to(run.dtype), own, weight, repeated, cfg.tau, cfg.power, cfg.temper_kl)
         loss = ce + cfg.lambda_kl * kl
         run.optimise(loss)
         if cfg.update == "ema":
@@ -296,7 +298,7 @@ def train(cfg) -> None:
         elif whole:
             bank.update_in_chunks(labels, z, log_z, cfg.tau, cfg.chunk, weight)
         else:
-            bank.update(index, z, prob, weight, columns, own)
+            bank.update(index, z.to(run.dtype), prob, weight, columns, own)
         run.log(loss=loss, ce=ce, kl=kl)
 
 
