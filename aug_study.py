@@ -19,6 +19,7 @@ import dataclasses
 import fcntl
 import json
 import math
+import os
 import pathlib
 import statistics
 import sys
@@ -220,11 +221,14 @@ class Prototypes(nn.Module):
 
 
 class Template(nn.Module):
-    """Every method: an online branch, a target branch, and one loss over pairs of views."""
+    """Every method: an online branch, a target branch, and one loss over pairs of views.
 
-    def __init__(self, encoder: nn.Module, method: Method):
+    gather collects the embeddings of all processes under torchrun, so that losses, queue and centre see the whole batch.
+    """
+
+    def __init__(self, encoder: nn.Module, method: Method, gather: Callable[[Tensor], Tensor] = lambda x: x):
         super().__init__()
-        self.method, self.encoder = method, encoder
+        self.method, self.encoder, self.gather = method, encoder, gather
         self.projector = mlp([encoder.dim, *method.projector], method.last_norm)
         width = method.projector[-1]
         if method.prototypes:
@@ -249,7 +253,8 @@ class Template(nn.Module):
             with torch.no_grad():
                 z = self.target(global_views)
         targets = (z if self.method.target_gradient and not self.method.momentum else z.detach()).split(batch)
-        self.keys = z.detach()
+        online, targets = list(map(self.gather, online)), list(map(self.gather, targets))
+        self.keys = torch.cat(targets).detach()                                         # (2B, D), B now of all processes
         memory = self.queue if self.method.queue else self.center
         losses = [self.method.loss(online[v], targets[g], memory) for g in range(2) for v in range(len(online)) if v != g]
         return torch.stack(losses).mean()
@@ -292,7 +297,7 @@ def switched(name: str, predictor: str, momentum: str) -> Method:
 
 def train(cfg):
     """One pretraining run, start to finish; cfg as common.parse(Config, ...) gives it, with one method and one augmentation."""
-    from common import BatchAugment, Run, UsageError, resnet, save_grid
+    from common import BatchAugment, Run, UsageError, gather, resnet, save_grid
 
     name, aug = cfg.methods, cfg.augs or (METHODS[cfg.methods].aug if cfg.methods in METHODS else "")
     if name not in METHODS or aug not in AUGMENTATIONS:
@@ -306,7 +311,7 @@ def train(cfg):
     views = AUGMENTATIONS[aug]
     first, second, local = (BatchAugment(size, **options).to(run.device) for size, options in
                             ((run.size, views.first), (run.size, views.second), (local_size(run.size), views.local)))
-    model = Template(resnet(cfg.arch, run.stem), method)
+    model = Template(resnet(cfg.arch, run.stem), method, gather)
     run.start(model, model.encoder)
 
     for images, _ in run.batches():
@@ -414,6 +419,8 @@ def study(cfg) -> None:
     """
     import common
 
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise common.UsageError("--study runs without torchrun: start the same command once per device, and they share the cells")
     out = pathlib.Path(cfg.out or f"runs/{cfg.dataset}/study")
     cells, rows, failed = grid(cfg), {}, {}
     for wait in (False, True):

@@ -25,6 +25,7 @@ Shapes: B batch, C channels, N patches, D values per patch or embedding dimensio
 """
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -155,7 +156,12 @@ def cosine_loss(p: Tensor, z: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------- frameworks
-# Each maps two views (B, C, H, W) to a loss and has after_step(progress in [0, 1]) for what moves without a gradient.
+# Each maps two views (B, C, H, W) to a loss and has after_step(progress in [0, 1]) for what moves without a gradient. gather collects
+# the embeddings of all processes under torchrun, so that the loss and the queue see the whole batch; alone it changes nothing.
+
+
+def identity(x: Tensor) -> Tensor:
+    return x
 
 
 def mlp(dims: list[int], last_norm: bool = False) -> nn.Sequential:
@@ -172,13 +178,14 @@ def mlp(dims: list[int], last_norm: bool = False) -> nn.Sequential:
 class SimCLR(nn.Module):
     """Chen et al. 2020. Widths as in lightly's CIFAR-10 benchmark."""
 
-    def __init__(self, encoder: nn.Module, temperature: float = 0.2):
+    def __init__(self, encoder: nn.Module, temperature: float = 0.2, gather: Callable[[Tensor], Tensor] = identity):
         super().__init__()
-        self.encoder, self.projector, self.temperature = encoder, mlp([encoder.dim, 512, 128]), temperature
+        self.encoder, self.projector = encoder, mlp([encoder.dim, 512, 128])
+        self.temperature, self.gather = temperature, gather
 
     def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
         z1, z2 = self.projector(self.encoder(torch.cat([x1, x2]))).chunk(2)      # (B, 128) each
-        return nt_xent(z1, z2, self.temperature)
+        return nt_xent(self.gather(z1), self.gather(z2), self.temperature)
 
     def after_step(self, progress: float) -> None:
         pass
@@ -187,18 +194,19 @@ class SimCLR(nn.Module):
 class MoCo(nn.Module):
     """MoCo v2 (Chen et al. 2020b): one view is the query, the other the key. Queue, momentum and temperature of lightly's CIFAR-10 benchmark."""
 
-    def __init__(self, encoder: nn.Module, temperature: float = 0.1, queue: int = 4096, momentum: float = 0.99):
+    def __init__(self, encoder: nn.Module, temperature: float = 0.1, queue: int = 4096, momentum: float = 0.99,
+                 gather: Callable[[Tensor], Tensor] = identity):
         super().__init__()
         self.encoder, self.projector = encoder, mlp([encoder.dim, 512, 128])
         self.target = copy.deepcopy(nn.Sequential(self.encoder, self.projector)).requires_grad_(False)
         self.register_buffer("queue", F.normalize(torch.randn(queue, 128), dim=1))
         self.register_buffer("oldest", torch.zeros((), dtype=torch.long))
-        self.temperature, self.momentum, self.keys = temperature, momentum, None
+        self.temperature, self.momentum, self.gather, self.keys = temperature, momentum, gather, None
 
     def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
-        q = self.projector(self.encoder(x1))                                     # (B, 128)
+        q = self.gather(self.projector(self.encoder(x1)))                        # (B, 128)
         with torch.no_grad():
-            self.keys = F.normalize(self.target(x2).float(), dim=1)              # (B, 128)
+            self.keys = self.gather(F.normalize(self.target(x2).float(), dim=1)) # (B, 128)
         return info_nce(q, self.keys, self.queue, self.temperature)
 
     @torch.no_grad()
@@ -214,18 +222,18 @@ class MoCo(nn.Module):
 class BYOL(nn.Module):
     """Grill et al. 2020; target momentum from 0.99 to 1 by a cosine, as in its appendix for short runs. Widths of lightly's benchmark."""
 
-    def __init__(self, encoder: nn.Module, momentum: float = 0.99):
+    def __init__(self, encoder: nn.Module, momentum: float = 0.99, gather: Callable[[Tensor], Tensor] = identity):
         super().__init__()
         self.encoder, self.projector = encoder, mlp([encoder.dim, 1024, 256])
         self.predictor = mlp([256, 1024, 256])
         self.target = copy.deepcopy(nn.Sequential(self.encoder, self.projector)).requires_grad_(False)
-        self.momentum = momentum
+        self.momentum, self.gather = momentum, gather
 
     def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
         x = torch.cat([x1, x2])
-        p1, p2 = self.predictor(self.projector(self.encoder(x))).chunk(2)        # (B, 256) each
+        p1, p2 = map(self.gather, self.predictor(self.projector(self.encoder(x))).chunk(2))      # (B, 256) each
         with torch.no_grad():
-            z1, z2 = self.target(x).chunk(2)
+            z1, z2 = map(self.gather, self.target(x).chunk(2))
         return 0.5 * (cosine_loss(p1, z2) + cosine_loss(p2, z1))
 
     def after_step(self, progress: float) -> None:
@@ -236,14 +244,15 @@ class BYOL(nn.Module):
 class SimSiam(nn.Module):
     """Chen & He 2021, section 4.6 (CIFAR): a two-layer projector of width 2048, a predictor with a bottleneck of 512."""
 
-    def __init__(self, encoder: nn.Module):
+    def __init__(self, encoder: nn.Module, gather: Callable[[Tensor], Tensor] = identity):
         super().__init__()
+        self.gather = gather
         self.encoder, self.projector = encoder, mlp([encoder.dim, 2048, 2048], last_norm=True)
         self.predictor = mlp([2048, 512, 2048])
 
     def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
         z = self.projector(self.encoder(torch.cat([x1, x2])))                    # (2B, 2048)
-        (z1, z2), (p1, p2) = z.chunk(2), self.predictor(z).chunk(2)
+        z1, z2, p1, p2 = map(self.gather, (*z.chunk(2), *self.predictor(z).chunk(2)))
         return 0.5 * (cosine_loss(p1, z2) + cosine_loss(p2, z1))
 
     def after_step(self, progress: float) -> None:
@@ -264,15 +273,15 @@ def average(target: nn.Module, online: nn.Module, momentum: float) -> None:
 
 def train(cfg) -> None:
     """One pretraining run, start to finish; cfg as common.parse(Config, ...) gives it."""
-    from common import BatchAugment, Run, UsageError, resnet, save_grid
+    from common import BatchAugment, Run, UsageError, gather, resnet, save_grid
 
     run = Run(cfg, "bassl", name_variant(cfg))
     encoder = resnet(cfg.arch, run.stem)
     options = {"temperature": cfg.temperature} if cfg.temperature and cfg.framework in ("simclr", "moco") else {}
-    framework = FRAMEWORKS[cfg.framework](encoder, **options)
+    framework = FRAMEWORKS[cfg.framework](encoder, gather=gather, **options)
     try:
         patch = cfg.patch or max(p for p in range(1, max(2, run.size // 8 + 1)) if run.size % p == 0)
-        fusion = BatchFusion(cfg.batch, run.size, patch, cfg.layers, cfg.kernel)
+        fusion = BatchFusion(run.batch, run.size, patch, cfg.layers, cfg.kernel)
     except ValueError as error:
         raise UsageError(str(error)) from None
     if cfg.fuse == "adversarial":

@@ -1,7 +1,7 @@
 """What the method scripts share: data, batched augmentation, backbones, precision and schedule, and the run itself.
 
 Nothing here belongs to a method: losses, heads, queues and banks live in the method's own file. Importing has no side effect.
-Sections, in this order: errors and configuration, data, augmentation, backbone, precision and optimisers, run.
+Sections, in this order: errors and configuration, processes, data, augmentation, backbone, precision and optimisers, run.
 Shapes: B batch, V views, C channels, H x W pixels of the stored image, S pixels of a view, N images.
 """
 import argparse
@@ -29,6 +29,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -48,6 +49,8 @@ def one_line_errors():
     """Turns the errors that a user can cause into one line on stderr and an exit status; every other error keeps its traceback."""
     try:
         yield
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except (UsageError, RunError, OSError) as error:
         sys.stdout.flush()
         print(f"{pathlib.Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
@@ -67,7 +70,7 @@ class RunConfig:
 
     dataset: Dataset = "shapes"  # what to train on
     data: str = "data"           # where the images are, or are downloaded to
-    batch: int = 256             # images per step
+    batch: int = 256             # images per step, over all processes
     epochs: int = 200            # passes over the training images
     arch: Arch = "resnet18"      # backbone
     stem: Stem = "auto"          # first layers: 3x3 without pooling, or 7x7 with; auto = cifar up to 64 px
@@ -123,6 +126,135 @@ def parse(config_class: type, doc: str, argv: list[str] | None = None, shared: t
         if isinstance(value, (int, float)) and value < (least := {"batch": 2, "chunk": 1}.get(name, 0)):
             parser.error(f"--{name.replace('_', '-')} {value}: want {least} or more")
     return cfg
+
+
+# ------------------------------------------------------------------------------------------- processes
+# Under torchrun every process holds the same weights and a slice of each batch. A loss sees the whole batch through gather() and is the
+# same number everywhere; the mean over processes of its gradients is then the gradient of one process on the whole batch, because the
+# backward passes of gather() and of the synchronised BN sum over the processes.
+
+
+def join_processes() -> None:
+    """Join the other processes of a torchrun job, which says who is who in the environment. Without torchrun nothing happens."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(hours=2))
+
+
+def rank() -> int:
+    """Number of this process in its job, 0 without one. Process 0 is the one that writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """Number of processes in the job, 1 without one."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(text: str) -> None:
+    """print, from process 0 alone."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        pieces = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world())]
+        dist.all_gather(pieces, x.contiguous())
+        return torch.cat(pieces)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(world())[rank()]
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient
+
+
+def gather(x: Tensor) -> Tensor:
+    """(B / processes, ...) of every process -> (B, ...) in their order, with gradient; x itself where there is one process."""
+    return x if world() == 1 else _Gather.apply(x)
+
+
+def total(x: Tensor) -> Tensor:
+    """Sum over the processes, with gradient; x itself where there is one."""
+    return x if world() == 1 else _Sum.apply(x)
+
+
+def gather_rows(x: Tensor) -> Tensor:
+    """gather without gradient, of pieces (B_i, ...) that may differ in length."""
+    if world() == 1:
+        return x
+    lengths = gather(torch.tensor([len(x)], device=x.device)).tolist()
+    padded = torch.cat([x, x.new_zeros(max(lengths) - len(x), *x.shape[1:])])
+    return torch.cat([piece[:n] for piece, n in zip(gather(padded.detach()).chunk(world()), lengths)])
+
+
+def collect(x: Tensor) -> Tensor | None:
+    """The pieces (B_i, ...) of all processes as one tensor in the memory of process 0's CPU; None on the others."""
+    lengths = gather(torch.tensor([len(x)])).tolist()
+    if rank():
+        dist.send(x.cpu(), 0)
+        return None
+    pieces = [x.cpu(), *(torch.empty(n, *x.shape[1:], dtype=x.dtype) for n in lengths[1:])]
+    for source in range(1, world()):
+        dist.recv(pieces[source], source)
+    return torch.cat(pieces)
+
+
+class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm over the batch of all processes, for CPUs; torch's SyncBatchNorm, which CUDA gets, refuses them."""
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            dims, shape = [d for d in range(x.ndim) if d != 1], [-1 if d == 1 else 1 for d in range(x.ndim)]
+            y, count = x.float(), world() * x.numel() // x.shape[1]
+            y = y - (total(y.sum(dims)) / count).view(shape)
+            variance = total(y.square().sum(dims)) / count
+            with torch.no_grad():
+                self.running_mean.lerp_((x.float() - y).detach().mean(dims), self.momentum)
+                self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+                self.num_batches_tracked += 1
+            return (y * (self.weight * (variance + self.eps).rsqrt()).view(shape) + self.bias.view(shape)).to(x.dtype)
+
+
+def synchronise_norms(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model with batch norms that see the batch of all processes; the model as it is where there is one process."""
+    if world() == 1:
+        return model
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.__class__ = GlobalBatchNorm
+    return model
+
+
+def average_gradients(model: nn.Module) -> None:
+    """Mean over the processes, in one message."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    for g, mean in zip(gradients, (flat / world()).split([g.numel() for g in gradients])):
+        g.copy_(mean.view_as(g))
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -201,7 +333,7 @@ class ImageSet(torch.utils.data.Dataset):
     def batches(self, order: list[Tensor], device: torch.device, workers: int = 0):
         """Yields (images (B, 3, H, H) uint8, index (B,)) on the device for each tensor of positions in order.
 
-        Images that do not decode are left out and noted in `broken`. Raises RunError where that is more than 1 % of all, or where a
+        Images that do not decode are left out (B may be 0) and noted in `broken`. Raises RunError where that is more than 1 % of all, or where a
         worker process dies.
         """
         if self.files is None:
@@ -215,8 +347,8 @@ class ImageSet(torch.utils.data.Dataset):
                 self.broken.update(bad)
                 if len(self.broken) > 0.01 * len(self):
                     raise RunError(f"{len(self.broken)} of {len(self)} images do not decode: {'; '.join([*self.broken.values()][:20])}")
-                if good:
-                    yield images.to(device, non_blocking=True), torch.tensor(good, device=device)
+                images = torch.empty(0, 3, self.size, self.size, dtype=torch.uint8) if images is None else images
+                yield images.to(device, non_blocking=True), torch.tensor(good, dtype=torch.long, device=device)
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
@@ -520,9 +652,10 @@ class BatchAugment(nn.Module):
     def forward(self, images: Tensor, generator: torch.Generator | None = None, views: int = 1) -> Tensor:
         """images (B, 3, H, W), uint8 or float in [0, 1] -> (views * B, 3, size, size) normalised float, view by view.
 
-        generator: on the CPU, so that every device gets the same numbers; None is torch's own.
+        generator: on the CPU, so that every device gets the same numbers; None is torch's own. The processes of a job take their
+        parts of the numbers that one process would draw for the whole batch.
         """
-        uniform = torch.rand(views * len(images), UNIFORMS, generator=generator)
+        uniform = torch.rand(views, world(), len(images), UNIFORMS, generator=generator)[:, rank()].flatten(0, 1)
         order = torch.randperm(4, generator=generator).tolist()
         if images.is_cuda:
             uniform = uniform.pin_memory()  # from pageable memory the copy would wait for the device
@@ -600,28 +733,35 @@ def pick_stem(stem: str, size: int) -> str:
 
 
 @torch.no_grad()
-def features(encoder: nn.Module, images: ImageSet, size: int, device: torch.device, workers: int = 0, batch: int = 500) -> tuple[Tensor, Tensor]:
-    """Frozen features (N, dim) float32 of an ImageSet's centre views and their labels (N,), in eval mode; the encoder's mode is put back.
-
-    N is the number of images that decode.
-    """
-    mode, rows, positions = encoder.training, [], []
-    encoder.eval()
-    for chunk, index in images.batches(list(torch.arange(len(images)).split(batch)), device, workers):
-        rows.append(encoder(center_view(chunk, size).contiguous(memory_format=torch.channels_last)).float())
-        positions.append(index)
-    encoder.train(mode)
+def outputs(module: nn.Module, images: ImageSet, size: int, device: torch.device, workers: int = 0, batch: int = 500):
+    """Yields (module's outputs (B, dim) float32, positions (B,)) of an ImageSet's centre views in eval mode, batch by batch, for the images
+    that decode. The processes of a job share the work and all get everything. The module's mode is put back."""
+    mode = module.training
+    module.eval()
+    parts = [chunk.tensor_split(world())[rank()] for chunk in torch.arange(len(images)).split(batch)]
+    for x, index in images.batches(parts, device, workers):
+        x = center_view(x, size).contiguous(memory_format=torch.channels_last)
+        yield gather_rows(module(x).float()), gather_rows(index)
+    module.train(mode)
     images.report_broken()
-    return torch.cat(rows), images.labels.to(device)[torch.cat(positions)]
+
+
+def features(encoder: nn.Module, images: ImageSet, size: int, device: torch.device, workers: int = 0) -> tuple[Tensor, Tensor]:
+    """Frozen features (N, dim) float32 of an ImageSet's centre views, and their labels (N,); N is the number of images that decode."""
+    rows, positions = map(torch.cat, zip(*outputs(encoder, images, size, device, workers)))
+    return rows, images.labels.to(device)[positions]
 
 
 # ------------------------------------------------------------------------------------------- precision and optimisers
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" -> cuda, then mps, then cpu. Raises UsageError for a device that is not there."""
+    """ "auto" -> cuda, then mps, then cpu; under torchrun the process's own GPU. Raises UsageError for a device that is not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(name)
     try:
         torch.zeros(1, device=name)
         return torch.device(name)
@@ -799,6 +939,7 @@ class Run:
     """
 
     def __init__(self, cfg, method: str, variant: str = ""):
+        join_processes()
         self.cfg, self.method, self.variant = cfg, method, variant
         self.out = pathlib.Path(cfg.out or f"runs/{cfg.dataset}/{method}")
         self.device = pick_device(cfg.device)
@@ -817,6 +958,9 @@ class Run:
             # oneDNN leaves parts of the weight gradient of a strided bf16 convolution on 1 x 1 inputs unwritten.
             self.dtype = torch.float32
         images = load_images(cfg.dataset, cfg.data, "train", self.size, cfg.workers, cfg.limit, cfg.cache)
+        if cfg.batch % world():
+            raise UsageError(f"--batch {cfg.batch} is over all processes, and {world()} do not divide it")
+        self.batch = cfg.batch // world()  # of this process
         if len(images) < cfg.batch:
             raise UsageError(f"--batch {cfg.batch} is larger than the {len(images)} training images")
         if images.files is None:
@@ -828,15 +972,17 @@ class Run:
         self.epoch = self.step = 0
         self.bad_steps = torch.zeros((), dtype=torch.long, device=self.device)
         self.sums: dict[str, Tensor] = {}
-        self.seconds, self.stopping = 0.0, None
+        self.seconds, self.stopping = 0.0, 0
 
-    def start(self, model: nn.Module, encoder: nn.Module, bank: nn.Module | None = None) -> None:
+    def start(self, model: nn.Module, encoder: nn.Module, bank: nn.Module | None = None, sharded: bool = False) -> None:
         """Move the modules to the device, make the optimizer, claim the folder, and go on from its checkpoint if it has one.
 
-        model holds all that is trained or averaged, encoder among it; bank is saved and restored beside it. Raises UsageError where
-        the folder belongs to another configuration or to a run that is alive, RunError where its checkpoints are damaged.
+        model holds all that is trained or averaged, encoder among it; bank is saved and restored beside it, put together from the
+        processes' parts if it is sharded. Raises UsageError where the folder belongs to another configuration or to a run that is
+        alive, RunError where its checkpoints are damaged.
         """
-        self.model = model.to(self.device, memory_format=torch.channels_last)
+        self.sharded = sharded and world() > 1
+        self.model = synchronise_norms(model, self.device).to(self.device, memory_format=torch.channels_last)
         self.encoder, self.bank = encoder, None if bank is None else bank.to(self.device)
         self.optimizer = make_optimizer(self.cfg.optimizer, model, self.lr, self.cfg.wd, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
@@ -844,21 +990,22 @@ class Run:
             encoder.compile()
         if self.cfg.preview:
             return
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.out / "lock", "w")  # the kernel lets go of it when the process ends, however it ends
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"{self.out} belongs to a run that is alive; choose another --out") from None
+        if rank() == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.out / "lock", "w")  # the kernel lets go of it when the process ends, however it ends
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(f"{self.out} belongs to a run that is alive; choose another --out") from None
         header = {"method": self.method, "variant": self.variant, "config": vars(self.cfg), "arch": self.cfg.arch, "stem": self.stem, "size": self.size,
                   "images": len(self.images), "steps": self.steps, "effective_lr": self.lr, "precision": str(self.dtype).removeprefix("torch."),
-                  "device": device_name(self.device), "parameters": sum(p.numel() for p in model.parameters()),
+                  "device": device_name(self.device), "processes": world(), "parameters": sum(p.numel() for p in model.parameters()),
                   "encoder_parameters": sum(p.numel() for p in encoder.parameters()),
                   "sha": git_sha(), "torch": torch.__version__, "command": shlex.join([pathlib.Path(sys.executable).name, *sys.argv]),
                   "started": datetime.datetime.now().isoformat(timespec="seconds")}
-        print(f"{self.method} {self.variant}: {self.cfg.dataset}, {len(self.images)} images, {self.steps} steps ({self.cfg.epochs} epochs), "
-              f"lr {self.lr:.4g} = {self.cfg.lr:g} x {self.cfg.batch}/256, {header['device']}, {header['precision']}, "
-              f"{header['parameters'] / 1e6:.1f} M parameters -> {self.out}", flush=True)
+        say(f"{self.method} {self.variant}: {self.cfg.dataset}, {len(self.images)} images, {self.steps} steps ({self.cfg.epochs} epochs), "
+            f"lr {self.lr:.4g} = {self.cfg.lr:g} x {self.cfg.batch}/256, {header['device']}, {header['precision']}, "
+            f"{header['parameters'] / 1e6:.1f} M parameters -> {self.out}")
         self._resume(header)
 
     def _resume(self, header: dict) -> None:
@@ -875,7 +1022,8 @@ class Run:
                 raise RunError(f"no checkpoint in {self.out} can be read; move the folder away to start anew")
             if log.exists() and (keys := self._differing(json.loads(log.read_text().splitlines()[0])["config"])):
                 raise UsageError(f"{self.out} holds the log of another run: {keys}; choose another --out")
-            write_text(log, json.dumps(header) + "\n")
+            if rank() == 0:
+                write_text(log, json.dumps(header) + "\n")
             return
         missing = [key for key in CHECKPOINT_KEYS if key not in state]
         if missing:
@@ -888,6 +1036,8 @@ class Run:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
+            if self.sharded:
+                state["bank"]["rows"] = state["bank"]["rows"][self.bank.offset:self.bank.offset + len(self.bank.rows)]
             if self.bank is not None:
                 self.bank.load_state_dict(state["bank"])
         except (RuntimeError, ValueError, KeyError) as error:
@@ -899,9 +1049,10 @@ class Run:
         if self.device.type == "cuda" and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
         # Lines written after the checkpoint are written again, so the log reads as if nothing had happened.
-        lines = log.read_text().splitlines() if log.exists() else [json.dumps(header)]
-        write_text(log, "\n".join(lines[:1 + self.epoch]) + "\n")
-        print(f"resumed at step {self.step} of {self.steps} from {candidate}", flush=True)
+        if rank() == 0:
+            lines = log.read_text().splitlines() if log.exists() else [json.dumps(header)]
+            write_text(log, "\n".join(lines[:1 + self.epoch]) + "\n")
+        say(f"resumed at step {self.step} of {self.steps} from {candidate}")
 
     def _differing(self, other: dict) -> str:
         """The fields in which another run's configuration differs, as "name (theirs, not ours)", or an empty string."""
@@ -913,13 +1064,18 @@ class Run:
         """Everything needed to go on bit for bit, to OUT/checkpoint.pt. Raises RunError, nothing written, where a parameter is not finite."""
         if not torch.stack(torch._foreach_norm([p.detach() for p in self.model.parameters()])).sum().isfinite():
             raise RunError(f"parameters are not finite after step {self.step} (lr {self.optimizer.param_groups[0]['lr']:.4g}); {ADVICE}")
+        self.saved = (time.monotonic(), self.step)
+        bank = {} if self.bank is None else self.bank.state_dict()
+        if self.sharded:
+            bank["rows"] = collect(bank["rows"])
+        if rank():
+            return
         write_checkpoint(self.out / "checkpoint.pt", {
             "method": self.method, "arch": self.cfg.arch, "stem": self.stem, "epoch": self.epoch, "step": self.step, "config": vars(self.cfg),
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-            "bank": {} if self.bank is None else self.bank.state_dict(),
+            "bank": bank,
             "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None},
             "sums": self.sums, "seconds": self.seconds, "bad_steps": self.bad_steps})
-        self.saved = (time.monotonic(), self.step)
 
     def generator(self, purpose: str = "views", device: torch.device | str = "cpu") -> torch.Generator:
         """The random numbers of this step, the same after a restart; another purpose gives others."""
@@ -932,7 +1088,7 @@ class Run:
     def batches(self):
         """Yields (images, index) for every step that is left, and does what lies between two steps. Ends with the final files."""
         if self.epoch == self.cfg.epochs and (self.out / "backbone.pt").exists():
-            print(f"nothing left to do: {self.out / 'backbone.pt'}")
+            say(f"nothing left to do: {self.out / 'backbone.pt'}")
             return
         self.saved, self.progress = (time.monotonic(), self.step), Progress(self)
         handlers = {n: signal.signal(n, lambda number, frame: setattr(self, "stopping", number)) for n in (signal.SIGTERM, signal.SIGINT)}
@@ -947,36 +1103,46 @@ class Run:
         while self.epoch < self.cfg.epochs:
             order = torch.randperm(len(self.images), generator=seeded("order", self.cfg.seed, self.epoch))
             order = order.to(self.device if self.images.files is None else "cpu").split(self.cfg.batch)[:self.steps_per_epoch]
+            order = [batch.chunk(world())[rank()] for batch in order]
             began = time.monotonic()
             for images, index in self.images.batches(list(order[self.step - self.epoch * self.steps_per_epoch:]), self.device, self.cfg.workers):
                 rate = self.lr * cosine(self.step, self.steps, round(self.cfg.warmup * self.steps_per_epoch))
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate
-                if len(index) < self.cfg.batch:  # the place of an image that does not decode is taken by another of its batch
-                    again = torch.arange(self.cfg.batch, device=self.device) % len(index)
+                if len(index) < self.batch:  # the place of an image that does not decode is taken by another of its batch
+                    if not len(index):
+                        raise RunError(f"no image of a batch decodes: {'; '.join([*self.images.broken.values()][:20])}")
+                    again = torch.arange(self.batch, device=self.device) % len(index)
                     images, index = images[again], index[again]
                 yield images, index
                 self.step += 1
                 self.progress.step()
-                if self.stopping or self._save_due():
+                stopping, due = self._agreed()
+                if stopping or due:
                     self.seconds, began = self.seconds + time.monotonic() - began, time.monotonic()
                     self.save()
-                if self.stopping:
-                    name = signal.Signals(self.stopping).name
-                    print(f"stopped by {name}; saved at step {self.step} of {self.steps}: the same command goes on from here", flush=True)
-                    raise SystemExit(128 + self.stopping)
+                if stopping:
+                    say(f"stopped by {signal.Signals(stopping).name}; saved at step {self.step} of {self.steps}: the same command goes on from here")
+                    raise SystemExit(128 + stopping)
             self.seconds += time.monotonic() - began
             self.epoch += 1
             broken = self.images.report_broken(broken)
             self._end_epoch()
         self.save()
-        tensors = {key: value.cpu() for key, value in self.encoder.state_dict().items()}
-        write_checkpoint(self.out / "backbone.pt", {**tensors, "arch": self.cfg.arch, "stem": self.stem})
-        print(f"done in {self.seconds / 60:.1f} min: {self.out / 'backbone.pt'}", flush=True)
+        if rank() == 0:
+            tensors = {key: value.cpu() for key, value in self.encoder.state_dict().items()}
+            write_checkpoint(self.out / "backbone.pt", {**tensors, "arch": self.cfg.arch, "stem": self.stem})
+        say(f"done in {self.seconds / 60:.1f} min: {self.out / 'backbone.pt'}")
 
-    def _save_due(self) -> bool:
+    def _agreed(self) -> tuple[int, bool]:
+        """The signal that asks for an end (0 = none) and whether a checkpoint is due, the same on all processes."""
         seconds, steps = self.save_every
-        return time.monotonic() - self.saved[0] >= seconds or self.step - self.saved[1] >= steps
+        due = time.monotonic() - self.saved[0] >= seconds or self.step - self.saved[1] >= steps
+        if world() == 1:
+            return self.stopping, due
+        flags = torch.tensor([self.stopping, due])  # on the CPU, so that no GPU is waited for
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return int(flags[0]), bool(flags[1])
 
     def optimise(self, loss: Tensor) -> None:
         """Backward and one optimizer step. Raises RunError on a loss that is not finite, in fp16 on the fifth in a row."""
@@ -986,6 +1152,8 @@ class Run:
                 raise RunError(f"the loss is {loss.item()} at step {self.step} (lr {self.optimizer.param_groups[0]['lr']:.4g}); {ADVICE}")
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
+        if world() > 1:
+            average_gradients(self.model)
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
@@ -1003,8 +1171,9 @@ class Run:
         if self.cfg.knn_every and (self.epoch % self.cfg.knn_every == 0 or self.epoch == self.cfg.epochs):
             line |= self.monitor()
         line |= {"images_per_s": round(self.progress.rate, 1), "minutes": round(self.seconds / 60, 3)}
-        with open(self.out / "log.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+        if rank() == 0:
+            with open(self.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
         self.progress.epoch(line)
 
     @torch.no_grad()
@@ -1032,7 +1201,7 @@ class Progress:
     """The live line on a terminal, plain epoch lines elsewhere, and the estimate of the end."""
 
     def __init__(self, run: Run):
-        self.run, self.live, self.first = run, sys.stdout.isatty(), run.step
+        self.run, self.live, self.first = run, sys.stdout.isatty() and rank() == 0, run.step
         self.clear = "\r\033[K" if self.live else ""
         self.began = self.mark = time.monotonic()
         self.mark_step = run.step
@@ -1049,14 +1218,14 @@ class Progress:
             line = f"estimated end in {duration(self.left())}"
             if run.device.type == "cpu" and self.left() > 86400:
                 line += "; on a CPU use the small network: --arch resnet10 --stem imagenet, with --limit and fewer --epochs"
-            print(line, flush=True)
+            say(line)
         if self.live:
             place = f"{run.epoch + 1}/{run.cfg.epochs} step {run.step}/{run.steps}"
             print(f"{self.clear}{place} {self.rate:.0f} images/s, {duration(self.left())} left", end="", flush=True)
 
     def epoch(self, line: dict) -> None:
         shown = " ".join(f"{k} {v}" for k, v in line.items() if k not in ("epoch", "step", "lr", "minutes"))
-        print(f"{self.clear}epoch {line['epoch']}/{self.run.cfg.epochs} {shown}, {duration(self.left())} left", flush=True)
+        say(f"{self.clear}epoch {line['epoch']}/{self.run.cfg.epochs} {shown}, {duration(self.left())} left")
         self.mark, self.mark_step = time.monotonic(), self.run.step
 
 

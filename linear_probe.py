@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import common
-from common import BatchAugment, ImageSet, RunError, UsageError, features, load_images, resnet, seeded
+from common import BatchAugment, ImageSet, RunError, UsageError, features, gather_rows, load_images, rank, resnet, seeded, world
 
 
 @dataclass
@@ -134,7 +134,7 @@ def sgd_probe(encoder: nn.Module, train: ImageSet, test_x: Tensor, test_y: Tenso
     """linear_top1: a linear layer trained by SGD on features of augmented views; the encoder stays in eval mode, without gradient."""
     torch.manual_seed(cfg.seed)
     head = nn.Linear(encoder.dim, len(train.classes)).to(device)
-    batch = min(cfg.batch, len(train))
+    batch = min(cfg.batch, len(train)) // world() * world()
     optimizer = torch.optim.SGD(head.parameters(), lr=cfg.lr * batch / 256, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, cfg.epochs * (len(train) // batch))
     augment = BatchAugment(size, scale=(0.08, 1.0), jitter=(0, 0, 0, 0), gray_p=0).to(device)
@@ -143,15 +143,16 @@ def sgd_probe(encoder: nn.Module, train: ImageSet, test_x: Tensor, test_y: Tenso
         train.pixels = train.pixels.to(device)
     for epoch in range(cfg.epochs):
         order = torch.randperm(len(train), generator=seeded(cfg.seed, epoch)).split(batch)[:len(train) // batch]
-        for step, (images, index) in enumerate(train.batches(list(order), device, cfg.workers)):
+        parts = [positions.chunk(world())[rank()] for positions in order]
+        for step, (images, index) in enumerate(train.batches(parts, device, cfg.workers)):
             with torch.no_grad():
-                x = encoder(augment(images, seeded(cfg.seed, epoch, step)))                # (B, D)
-            loss = F.cross_entropy(head(x), labels[index])
+                x = gather_rows(encoder(augment(images, seeded(cfg.seed, epoch, step))))   # (B, D)
+            loss = F.cross_entropy(head(x), labels[gather_rows(index)])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             scheduler.step()
-        if sys.stdout.isatty():
+        if sys.stdout.isatty() and rank() == 0:
             print(f"\r\033[KSGD probe: epoch {epoch + 1}/{cfg.epochs}, loss {loss.item():.3f}", end="\n" if epoch + 1 == cfg.epochs else "", flush=True)
     with torch.no_grad():
         return accuracy(head(test_x), test_y)
@@ -392,6 +393,7 @@ def probe(cfg: Config) -> dict | None:
         raise UsageError("want either --backbone FILE or --random")
     if not 0 < cfg.fraction <= 1:
         raise UsageError(f"--fraction {cfg.fraction}: want a share above 0 and up to 1")
+    common.join_processes()
     device = common.pick_device(cfg.device)
     if device.type == "cpu":
         common.keep_memory()
@@ -415,13 +417,17 @@ def probe(cfg: Config) -> dict | None:
     (train_x, train_y), (test_x, test_y) = (features(encoder, images, size, device, cfg.workers) for images in (train, test))
     if cfg.neighbours:
         train, test = (images.subset(torch.tensor([i for i in range(len(images)) if i not in images.broken])) for images in (train, test))
-        return draw_neighbours(cfg.neighbours, train, test, train_x, test_x)
-    metrics = {"knn_top1": knn(train_x, train_y, test_x, test_y), "knn20_top1": knn(train_x, train_y, test_x, test_y, 20, 0.07),
-               "probe_top1": quick_probe(train_x, train_y, test_x, test_y, len(train.classes))}
+        return draw_neighbours(cfg.neighbours, train, test, train_x, test_x) if rank() == 0 else None
+    metrics = {}
+    if rank() == 0:  # the others wait at the SGD probe, which all share, or are done
+        metrics = {"knn_top1": knn(train_x, train_y, test_x, test_y), "knn20_top1": knn(train_x, train_y, test_x, test_y, 20, 0.07),
+                   "probe_top1": quick_probe(train_x, train_y, test_x, test_y, len(train.classes))}
     if cfg.epochs:
         metrics["linear_top1"] = sgd_probe(encoder, train, test_x, test_y, cfg, size, device)
     if fingerprint(encoder) != before:
         raise RunError("the backbone changed while it was probed: this is a bug, and no row is written")
+    if rank():
+        return None
     command = shlex.join([pathlib.Path(sys.executable).name, *sys.argv])
     facts = {"method": "random" if cfg.random else pathlib.Path(cfg.backbone).stem, "variant": "untrained" if cfg.random else "", "seed": cfg.seed,
              "device": common.device_name(device), "precision": "float32", "sha": common.git_sha(), "torch": torch.__version__, "command": command}

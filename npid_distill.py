@@ -21,13 +21,13 @@ Shapes: B batch, N images, D embedding, K rows in play, L labels per sample (2 u
 import math
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -43,6 +43,7 @@ class Config:
     negatives: int = 10_000      # rows sampled per step beside the batch's own, 0 = the whole bank; official run.sh
     dim: int = 2048              # width of the projector and of the bank; official run.sh
     bank_dtype: Literal["fp32", "bf16"] = "fp32"    # of the stored rows; products are in the precision of the run; ours
+    shard_bank: bool = False     # under torchrun each process keeps a part of the rows; needs --negatives 0; ours
     chunk: int = 8_192           # rows per block when the whole bank is in play; ours
     batch: int = 512             # images per step; official run.sh
     epochs: int = 200            # passes over the training images; official run.sh
@@ -96,36 +97,62 @@ def dense_losses(z: Tensor, rows: Tensor, positive: Tensor, weight: Tensor | Non
         return ce, kl, F.softmax(cosine.detach() / tau, dim=1)
 
 
+class RowSums(torch.autograd.Function):
+    """Sums over all rows (N, D) of what both terms need, block by block: z (B, D) -> (5, B). The backward pass computes each block again.
+
+    With c = s cos, s = 1 / tau_kl, shifted by the largest possible cosine (1) so that no running maximum is needed:
+        sum e^((cos - 1) / tau),   sum e^(c - s),   sum c e^(c - s),   the same again without gradient through c,   sum e^(power (c - s))
+    """
+
+    @staticmethod
+    def forward(ctx, z: Tensor, rows: Tensor, tau: float, tau_kl: float, power: float, chunk: int) -> Tensor:
+        ctx.save_for_backward(z, rows)
+        ctx.tau, ctx.s, ctx.chunk = tau, 1 / tau_kl, chunk
+        sums = 0
+        for block in rows.split(chunk):
+            cos = RowSums.cosine(z, block)                                                           # (B, chunk)
+            c = ctx.s * cos
+            e = torch.exp(c - ctx.s)
+            ec = (e * c).sum(1)
+            sums = sums + torch.stack([torch.exp((cos - 1) / tau).sum(1), e.sum(1), ec, ec, torch.exp(power * (c - ctx.s)).sum(1)])
+        return sums
+
+    @staticmethod
+    def cosine(z: Tensor, block: Tensor) -> Tensor:
+        return (z.to(block.dtype) @ block.T).to(torch.promote_types(block.dtype, torch.float32))
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        (z, rows), dz = ctx.saved_tensors, 0
+        g = gradient[:, :, None]                                                                     # (5, B, 1)
+        for block in rows.split(ctx.chunk):
+            cos = RowSums.cosine(z, block)
+            c = ctx.s * cos
+            dcos = g[0] / ctx.tau * torch.exp((cos - 1) / ctx.tau) + ctx.s * torch.exp(c - ctx.s) * (g[1] + g[2] * (1 + c) + g[3] * c)
+            dz = dz + (dcos.to(block.dtype) @ block).to(z.dtype)
+        return dz, None, None, None, None, None
+
+
 def chunked_losses(z: Tensor, rows: Tensor, positive: Tensor, weight: Tensor | None, tau: float, power: float, temper_kl: bool,
-                   chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+                   chunk: int, total: Callable[[Tensor], Tensor] = lambda x: x) -> tuple[Tensor, Tensor, Tensor]:
     """dense_losses without a (B, N) tensor: cross-entropy, KL term and log of p's normaliser (B,), the same to rounding.
 
-    Both terms are functions of sums over rows, and cosines are at most 1, so exp(s (cos - 1)) needs no running maximum for tau >= 0.02
-    (ValueError below). The backward pass recomputes each block. With s = 1 or 1 / tau, c = s cos, Z = sum e^c:
-    KL = sum p log p - sum p log u = E[c] - log Z - power (E[c'] - log Z') - ..., where ' carries no gradient and E is over p.
+    Both terms are functions of RowSums. tau from 0.02 up (ValueError below: the sums underflow). Where rows are one process's part of the
+    bank, positive counts from their first, beyond either end for rows of others, and total sums over the processes with gradient.
     """
-    def sums(z: Tensor, block: Tensor) -> Tensor:
-        cosine = (z.to(block.dtype) @ block.T).to(torch.promote_types(block.dtype, torch.float32))   # (B, chunk)
-        c = s * cosine
-        e = torch.exp(c - s)
-        return torch.stack([torch.exp((cosine - 1) / tau).sum(1), e.sum(1), (e * c).sum(1), (e * c.detach()).sum(1),
-                            torch.exp(power * (c.detach() - s)).sum(1)])                             # (5, B)
-
     if tau < 0.02:
         raise ValueError(f"tau {tau} is below 0.02: without a running maximum the sums underflow")
-    s = 1 / tau if temper_kl else 1.0
+    tau_kl = tau if temper_kl else 1.0
     with torch.autocast(z.device.type, enabled=False):
-        total = sum(checkpoint(sums, z, block, use_reentrant=False) for block in rows.split(chunk))
-        z_ce, z_kl, ec, ec_fixed, z_u = total
+        z_ce, z_kl, ec, ec_fixed, z_u = total(RowSums.apply(z, rows, tau, tau_kl, power, chunk))
         log_z = z_ce.log() + 1 / tau                                                                 # (B,)
         positive, weight = two_columns(positive, weight, log_z)
-        own = torch.einsum("bd,bld->bl", z.to(rows.dtype), rows[positive]).to(log_z.dtype)           # (B, L)
-        ce = (weight * (log_z[:, None] - own / tau)).sum(1).mean()
-        log_zkl = z_kl.log() + s
-        entropy = ec / z_kl - log_zkl                                                                # sum p log p
-        log_zu = z_u.log() + power * s                                                               # log sum e^(power c)
-        cross = power * ec_fixed / z_kl - log_zu.detach()                                            # sum p log u
-        return ce, (entropy - cross).mean(), log_z.detach()
+        here = (positive >= 0) & (positive < len(rows))
+        own = torch.einsum("bd,bld->bl", z.to(rows.dtype), rows[torch.where(here, positive, 0)]).to(log_z.dtype)  # (B, L)
+        ce = (weight * (log_z[:, None] - total(own * here) / tau)).sum(1).mean()
+        log_zkl, log_zu = z_kl.log() + 1 / tau_kl, z_u.detach().log() + power / tau_kl
+        kl = ec / z_kl - log_zkl - (power * ec_fixed / z_kl - log_zu)                                # sum p log p - sum p log u
+        return ce, kl.mean(), log_z.detach()
 
 
 # ------------------------------------------------------------------------------------------- bank
@@ -149,17 +176,22 @@ def grad_update(rows: Tensor, z: Tensor, prob: Tensor, positive: Tensor, momentu
 
 
 class MemoryBank(nn.Module):
-    """One unit row per image. rows (size, dim), float32 or bf16; a buffer, so it moves with .to() and is in state_dict()."""
+    """One unit row per image. rows (size, dim), float32 or bf16; a buffer, so it moves with .to() and is in state_dict().
 
-    def __init__(self, size: int, dim: int, dtype: torch.dtype = torch.float32, momentum: float = 0.5):
+    offset: number of the image that the first row stands for, where several processes each keep a part of the bank.
+    """
+
+    def __init__(self, size: int, dim: int, dtype: torch.dtype = torch.float32, momentum: float = 0.5, offset: int = 0):
         super().__init__()
-        self.momentum = momentum
+        self.momentum, self.offset = momentum, offset
         self.register_buffer("rows", F.normalize(torch.randn(size, dim), dim=1).to(dtype))
 
     @torch.no_grad()
     def fill(self, index: Tensor, z: Tensor) -> None:
-        """Set the rows of images index (B,) to the directions of z (B, D)."""
-        self.rows.index_copy_(0, index, F.normalize(z.float(), dim=1).to(self.rows.dtype))
+        """Set the rows of images index (B,), those that are here, to the directions of z (B, D)."""
+        place = index - self.offset
+        here = (place >= 0) & (place < len(self.rows))
+        self.rows.index_copy_(0, place[here], F.normalize(z.float(), dim=1).to(self.rows.dtype)[here])
 
     @torch.no_grad()
     def in_play(self, index: Tensor, negatives: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -202,7 +234,7 @@ class MemoryBank(nn.Module):
     def update_in_chunks(self, index: Tensor, z: Tensor, log_z: Tensor, tau: float, chunk: int, weight: Tensor | None = None) -> None:
         """update over the whole bank with p recomputed block by block from log_z (B,), so that nothing is larger than (B, chunk)."""
         z = z.detach()
-        index, weight = two_columns(index, weight, log_z)
+        index, weight = two_columns(index - self.offset, weight, log_z)
         for start in range(0, len(self.rows), chunk):
             block = self.rows[start:start + chunk]
             prob = torch.exp((z.to(block.dtype) @ block.T).float() / tau - log_z[:, None])          # (B, chunk)
@@ -247,34 +279,36 @@ def projector(dim_in: int, dim: int) -> nn.Sequential:
                          nn.Linear(dim, dim, bias=False), nn.BatchNorm1d(dim), nn.ReLU(inplace=True), nn.Linear(dim, dim))
 
 
-@torch.no_grad()
 def calibrate(bank: MemoryBank, model: nn.Module, run) -> None:
     """Fill every row from a forward pass in eval mode over the centre views of every image."""
-    from common import center_view
+    from common import outputs
 
     began = time.monotonic()
-    model.eval()
-    for images, index in run.images.batches(list(torch.arange(len(run.images)).split(run.cfg.batch)), run.device, run.cfg.workers):
-        bank.fill(index, model(center_view(images, run.size)))
-    model.train()
+    for z, index in outputs(model, run.images, run.size, run.device, run.cfg.workers, run.cfg.batch):
+        bank.fill(index, z)
     run.seconds += time.monotonic() - began  # part of the method's cost
 
 
 def train(cfg) -> None:
     """One pretraining run, start to finish; cfg as common.parse(Config, ...) gives it."""
-    from common import BatchAugment, Run, UsageError, resnet, save_grid
+    from common import BatchAugment, Run, UsageError, gather, rank, resnet, save_grid, total, world
 
     if cfg.tau < 0.02:
         raise UsageError(f"--tau {cfg.tau}: want 0.02 or more")
     run = Run(cfg, "npid_distill", name_variant(cfg))
+    whole = cfg.negatives == 0 or cfg.negatives >= len(run.images) - cfg.batch
+    if cfg.shard_bank and not whole:
+        raise UsageError("--shard-bank needs the whole bank as negatives: --negatives 0")
     encoder = resnet(cfg.arch, run.stem)
     model = nn.Sequential(encoder, projector(encoder.dim, cfg.dim))
-    bank = MemoryBank(len(run.images), cfg.dim, {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.bank_dtype], cfg.bank_momentum)
+    parts = [len(run.images) * i // world() for i in range(world() + 1)] if cfg.shard_bank else [0, len(run.images)]
+    first, end = parts[rank():rank() + 2] if cfg.shard_bank else parts
+    bank = MemoryBank(end - first, cfg.dim, {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.bank_dtype], cfg.bank_momentum, first)
+    share = total if cfg.shard_bank else nn.Identity()
     augment = BatchAugment(run.size).to(run.device)
-    run.start(model, encoder, bank)
+    run.start(model, encoder, bank, sharded=cfg.shard_bank)
     if cfg.init == "forward" and run.step == 0 and not cfg.preview:
         calibrate(bank, model, run)
-    whole = cfg.negatives == 0 or cfg.negatives >= len(run.images) - cfg.batch
 
     for images, index in run.batches():
         generator = run.generator()
@@ -283,20 +317,21 @@ def train(cfg) -> None:
             return save_grid(run.out / "preview.png", x[:64], 8)
         with run.autocast():
             z = model(x)
-        z = F.normalize(z.float(), dim=1)                                               # (B, D)
+        z = gather(F.normalize(z.float(), dim=1))                                       # (B, D), B now over all processes
+        index, partner, weight = gather(index), gather(partner + rank() * len(x)), gather(weight)
+        labels = torch.stack([index, index[partner]], 1)                                # (B, 2)
         if whole:
-            labels = torch.stack([index, index[partner]], 1)                            # (B, 2)
-            ce, kl, log_z = chunked_losses(z, bank.rows, labels, weight, cfg.tau, cfg.power, cfg.temper_kl, cfg.chunk)
+            ce, kl, log_z = chunked_losses(z, bank.rows, labels - bank.offset, weight, cfg.tau, cfg.power, cfg.temper_kl, cfg.chunk, share)
         else:
             columns, own, repeated = bank.in_play(index, cfg.negatives, run.generator("negatives", run.device))
             own = torch.stack([own, own[partner]], 1)                                   # (B, 2)
             ce, kl, prob = dense_losses(z, bank.rows[columns].to(run.dtype), own, weight, repeated, cfg.tau, cfg.power, cfg.temper_kl)
         loss = ce + cfg.lambda_kl * kl
         run.optimise(loss)
-        if cfg.update == "ema":
-            bank.update(torch.stack([index, index[partner]], 1), z, None, weight)
-        elif whole:
-            bank.update_in_chunks(labels, z, log_z, cfg.tau, cfg.chunk, weight)
+        if whole:  # with log_z infinite p is 0, and the update is NPID's
+            bank.update_in_chunks(labels, z, log_z if cfg.update == "grad" else torch.full_like(log_z, math.inf), cfg.tau, cfg.chunk, weight)
+        elif cfg.update == "ema":
+            bank.update(labels, z, None, weight)
         else:
             bank.update(index, z.to(run.dtype), prob, weight, columns, own)
         run.log(loss=loss, ce=ce, kl=kl)
