@@ -10,6 +10,7 @@ import ctypes
 import dataclasses
 import datetime
 import fcntl
+import functools
 import hashlib
 import inspect
 import io
@@ -17,6 +18,7 @@ import json
 import math
 import os
 import pathlib
+import pickle
 import re
 import shlex
 import signal
@@ -85,7 +87,7 @@ class RunConfig:
     cache: str = ""              # folder that keeps decoded images between runs; empty = decode the files
     device: str = "auto"         # auto = cuda, then mps, then cpu; or cpu, cuda, cuda:1, mps
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # autocast; auto = bf16 where the hardware has it, else off
-    compile: bool = False        # torch.compile the network; not bit-reproducible
+    compile: bool = False        # torch.compile the network; not bit-reproducible, so off with --deterministic
     limit: int = 0               # train on the first N images of a fixed shuffle; 0 = all
     knn_every: int = 5           # epochs between online kNN checks (on a held-out tenth of the training labels); 0 = never
     save_every: str = "10m"      # checkpoint interval: 90s, 10m, 2h or 500steps; the end of the run is always saved
@@ -105,11 +107,24 @@ def parse(config_class: type, doc: str, argv: list[str] | None = None, shared: t
     A field's trailing comment in the source is its --help text, so that what a reader and a user are told cannot differ.
     Exits with status 2 and one line on wrong usage.
     """
+    args_class, parser = _parser(config_class, shared)
+    parser.description = doc
+    cfg = args_class(**vars(parser.parse_args(argv)))
+    for name, value in vars(cfg).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            parser.error(f"--{name.replace('_', '-')} {value}: want a finite number")
+        if isinstance(value, (int, float)) and not (least := {"batch": 2, "chunk": 1}.get(name, 0)) <= value <= 2**53:
+            parser.error(f"--{name.replace('_', '-')} {value}: want {least} or more, and no more than 2^53")
+    return cfg
+
+
+@functools.cache
+def _parser(config_class: type, shared: type) -> tuple[type, argparse.ArgumentParser]:
     args_class = dataclass(type("Args", (config_class, shared), {}))
     hints, comments = typing.get_type_hints(args_class), {}
     for base in args_class.__mro__[-2:0:-1]:
         comments.update(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(base), re.M))
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for field in dataclasses.fields(args_class):
         flags = [f"--{field.name.replace('_', '-')}", *ALIASES.get(field.name, [])]
         kind, text = hints[field.name], f"{comments.get(field.name, '')} [{field.default}]".replace("%", "%%")
@@ -119,13 +134,7 @@ def parse(config_class: type, doc: str, argv: list[str] | None = None, shared: t
             parser.add_argument(*flags, choices=typing.get_args(kind), default=field.default, help=text)
         else:
             parser.add_argument(*flags, type=kind, default=field.default, metavar=kind.__name__.upper(), help=text)
-    cfg = args_class(**vars(parser.parse_args(argv)))
-    for name, value in vars(cfg).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            parser.error(f"--{name.replace('_', '-')} {value}: want a finite number")
-        if isinstance(value, (int, float)) and value < (least := {"batch": 2, "chunk": 1}.get(name, 0)):
-            parser.error(f"--{name.replace('_', '-')} {value}: want {least} or more")
-    return cfg
+    return args_class, parser
 
 
 # ------------------------------------------------------------------------------------------- processes
@@ -394,12 +403,13 @@ def decode(path: str, size: int) -> Tensor:
 
 
 def list_images(root: pathlib.Path) -> list[str]:
-    """Image files below root, nested, sorted; hidden files and folders are ignored."""
+    """Image files below root, nested, sorted; hidden files and folders are ignored, and links that lead back up."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     found = []
     for folder, names, files in os.walk(root, followlinks=True):
-        names[:] = sorted(name for name in names if not name.startswith("."))
+        here = pathlib.Path(folder).resolve()
+        names[:] = [name for name in names if not name.startswith(".") and not here.is_relative_to((here / name).resolve())]
         found += [os.path.join(folder, file) for file in files if file.lower().endswith(IMG_EXTENSIONS) and not file.startswith(".")]
     return sorted(found)
 
@@ -727,6 +737,13 @@ def resnet(arch: str, stem: str) -> nn.Module:
     return model
 
 
+def pick_size(size: int, dataset: str) -> int:
+    """0 -> the dataset's own. Raises UsageError for views of which a ResNet's five halvings leave nothing to blur or crop."""
+    if 0 < size < 8:
+        raise UsageError(f"--size {size}: want 0 or 8 or more pixels")
+    return size or SIZES[dataset]
+
+
 def pick_stem(stem: str, size: int) -> str:
     """ "auto" -> the CIFAR stem up to 64 pixels, ImageNet's above."""
     return ("cifar" if size <= 64 else "imagenet") if stem == "auto" else stem
@@ -875,11 +892,15 @@ DIGEST_BYTES = 64
 
 
 def read_checkpoint(path: pathlib.Path) -> dict:
-    """The dict that write_checkpoint wrote. Raises RunError where the digest does not fit what is there."""
+    """The dict that write_checkpoint wrote. Raises RunError where the digest does not fit, or where the file holds more than tensors and
+    plain values, which is never unpickled."""
     data = path.read_bytes()
     if len(data) < DIGEST_BYTES or hashlib.sha256(data[:-DIGEST_BYTES]).hexdigest().encode() != data[-DIGEST_BYTES:]:
         raise RunError(f"{path} is truncated, damaged, or no checkpoint of ours: its digest does not fit its contents")
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise RunError(f"{path} is no checkpoint of ours: {str(error).splitlines()[0]}") from None
 
 
 def seeded(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
@@ -952,7 +973,7 @@ class Run:
         if self.device.type == "cpu":
             keep_memory()
         torch.manual_seed(cfg.seed)
-        self.size = cfg.size or SIZES[cfg.dataset]
+        self.size = pick_size(cfg.size, cfg.dataset)
         self.stem = pick_stem(cfg.stem, self.size)
         if self.device.type == "cpu" and self.stem == "imagenet" and self.size <= 16:
             # oneDNN leaves parts of the weight gradient of a strided bf16 convolution on 1 x 1 inputs unwritten.
@@ -986,7 +1007,7 @@ class Run:
         self.encoder, self.bank = encoder, None if bank is None else bank.to(self.device)
         self.optimizer = make_optimizer(self.cfg.optimizer, model, self.lr, self.cfg.wd, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        if self.cfg.compile:
+        if self.cfg.compile and not self.cfg.deterministic:
             encoder.compile()
         if self.cfg.preview:
             return
@@ -1145,15 +1166,23 @@ class Run:
         return int(flags[0]), bool(flags[1])
 
     def optimise(self, loss: Tensor) -> None:
-        """Backward and one optimizer step. Raises RunError on a loss that is not finite, in fp16 on the fifth in a row."""
-        self.bad_steps = torch.where(loss.detach().isfinite(), 0, self.bad_steps + 1)
-        if self.device.type == "cpu" or self.step % 50 == 0:  # elsewhere the check waits for the device, so not at every step
-            if self.bad_steps >= (5 if self.dtype == torch.float16 else 1):  # fp16: the scaler skips such a step and lowers its scale
-                raise RunError(f"the loss is {loss.item()} at step {self.step} (lr {self.optimizer.param_groups[0]['lr']:.4g}); {ADVICE}")
+        """Backward and one optimizer step. Raises RunError, nothing changed, on a loss that is not finite; in fp16, where the scaler skips a
+        step with such a gradient and lowers its scale, on the fifth in a row. Skipped steps are counted in the log."""
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         if world() > 1:
             average_gradients(self.model)
+        fp16 = self.scaler.is_enabled()
+        finite = loss.detach().isfinite()
+        if fp16:
+            self.scaler.unscale_(self.optimizer)
+            finite &= torch.stack(torch._foreach_norm([p.grad for p in self.model.parameters() if p.grad is not None])).sum().isfinite()
+            self.log(skipped_steps=self.steps_per_epoch * ~finite)  # the log's mean over the epoch is then their number
+        self.bad_steps = torch.where(finite, 0, self.bad_steps + 1)
+        if self.device.type == "cpu" or self.step % 50 == 0:  # elsewhere the check waits for the device, so not at every step
+            if self.bad_steps >= (5 if fp16 else 1):
+                raise RunError(f"the loss is {loss.item()} at step {self.step} (lr {self.optimizer.param_groups[0]['lr']:.4g})"
+                               + (f", its gradient not finite in {self.bad_steps.item()} steps in a row" if fp16 else "") + f"; {ADVICE}")
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
@@ -1172,8 +1201,7 @@ class Run:
             line |= self.monitor()
         line |= {"images_per_s": round(self.progress.rate, 1), "minutes": round(self.seconds / 60, 3)}
         if rank() == 0:
-            with open(self.out / "log.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
+            append_line(self.out / "log.jsonl", json.dumps(line))
         self.progress.epoch(line)
 
     @torch.no_grad()
@@ -1237,6 +1265,17 @@ def parse_interval(text: str) -> tuple[float, float]:
     if match[2] == "steps":
         return math.inf, int(match[1])
     return int(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]], math.inf
+
+
+def append_line(path: pathlib.Path, line: str) -> None:
+    """Add a line to a log or to result rows, safe on the disk before anything that relies on it. Raises RunError where it cannot be."""
+    try:
+        with open(path, "a") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise RunError(f"could not write {path} ({error.strerror})") from None
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

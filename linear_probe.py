@@ -391,13 +391,15 @@ def probe(cfg: Config) -> dict | None:
     """Run every protocol on one backbone, append the row to results.jsonl, and return it; or draw the neighbours and return None."""
     if bool(cfg.backbone) == cfg.random:
         raise UsageError("want either --backbone FILE or --random")
+    if cfg.neighbours and not cfg.neighbours.endswith(".png"):
+        raise UsageError(f"--neighbours {cfg.neighbours}: want a file name that ends in .png")
     if not 0 < cfg.fraction <= 1:
         raise UsageError(f"--fraction {cfg.fraction}: want a share above 0 and up to 1")
     common.join_processes()
     device = common.pick_device(cfg.device)
     if device.type == "cpu":
         common.keep_memory()
-    size = cfg.size or common.SIZES[cfg.dataset]
+    size = common.pick_size(cfg.size, cfg.dataset)
     torch.manual_seed(cfg.seed)
     if cfg.random:
         arch, stem = cfg.arch or "resnet18", common.pick_stem(cfg.stem, size)
@@ -437,8 +439,7 @@ def probe(cfg: Config) -> dict | None:
            "probe_command": command}
     out = pathlib.Path(cfg.out or (f"runs/{cfg.dataset}/random" if cfg.random else pathlib.Path(cfg.backbone).parent))
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / "results.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")
+    common.append_line(out / "results.jsonl", json.dumps(row))
     print(f"{row['method']} {row['variant']} on {cfg.dataset}: " + ", ".join(f"{n} {row[n]:.2f}" for n in METRICS if n in row) + f" -> {out / 'results.jsonl'}")
     return row
 

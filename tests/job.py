@@ -2,14 +2,22 @@
 
 [["bassl", ["--batch", "16", ...]], ...]; used by test_processes.py, which compares jobs of one and of two processes. Beside the files of
 the run, OUT gets start.pt, the parameters before the first step, and losses.json, the loss of every step in full precision.
+
+Everything is computed in float64: in float32, steps through batch norms over few samples blow rounding noise up, and what is left would
+not tell a wrong gradient from a different order of summation.
 """
 import importlib
 import json
 import pathlib
 import sys
 
+import torch
+
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
+
+torch.float32, torch.Tensor.float = torch.float64, torch.Tensor.double
+torch.set_default_dtype(torch.float64)
 
 
 class Recorded(common.Run):
