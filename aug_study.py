@@ -95,14 +95,12 @@ def barlow_loss(z1: Tensor, z2: Tensor, weight: float = 0.0051) -> Tensor:
 def vicreg_loss(z1: Tensor, z2: Tensor, invariance: float = 25.0, variance: float = 25.0, covariance: float = 1.0) -> Tensor:
     """VICReg (Bardes et al. 2022, eq. 6): mean squared distance, hinge on the standard deviation at 1, off-diagonal covariance; (B, D)."""
     with torch.autocast(z1.device.type, enabled=False):
-        z1, z2 = full(z1, z2)
-        loss = invariance * F.mse_loss(z1, z2)
-        for z in (z1, z2):
-            z = z - z.mean(0)
-            c = z.T @ z / (len(z) - 1)                                                  # (D, D)
-            loss = loss + variance * F.relu(1 - (c.diagonal() + 1e-4).sqrt()).mean() / 2
-            loss = loss + covariance * (c.square().sum() - c.diagonal().square().sum()) / z.shape[1]
-        return loss
+        z = torch.stack(full(z1, z2))                                                   # (2, B, D)
+        centred = z - z.mean(1, keepdim=True)
+        c = centred.mT @ centred / (z.shape[1] - 1)                                     # (2, D, D)
+        on = c.diagonal(dim1=1, dim2=2)                                                 # (2, D)
+        off_diagonal = (c.square().sum() - on.square().sum()) / z.shape[2]
+        return invariance * F.mse_loss(*z) + variance * F.relu(1 - (on + 1e-4).sqrt()).mean() + covariance * off_diagonal
 
 
 @torch.no_grad()
@@ -316,7 +314,10 @@ def train(cfg):
 
     for images, _ in run.batches():
         generator = run.generator()
-        global_views = torch.cat([first(images, generator), second(images, generator)])      # (2B, 3, S, S)
+        if views.first == views.second:
+            global_views = first(images, generator, views=2)                                 # (2B, 3, S, S)
+        else:
+            global_views = torch.cat([first(images, generator), second(images, generator)])
         local_views = local(images, generator, views=views.locals) if views.locals else None  # (6B, 3, s, s)
         if cfg.preview:
             return save_grid(run.out / "preview.png", torch.stack(global_views.chunk(2), 1)[:32].flatten(0, 1), 8)

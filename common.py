@@ -467,7 +467,8 @@ def cached(images: ImageSet, path: pathlib.Path, workers: int) -> ImageSet:
     path.pt, written last, says what the map holds: the names of the files, their labels, and which of them decode. A map without it, of
     another size, or of other files is made anew, so one that was interrupted is never read. Raises RunError where it cannot be written.
     """
-    names = hashlib.sha256("\n".join(map(os.path.abspath, images.files)).encode()).hexdigest()
+    base = os.path.commonpath(images.files)
+    names = hashlib.sha256("\n".join([os.path.realpath(base), *(file[len(base):] for file in images.files)]).encode()).hexdigest()
     shape, store, about = (len(images), 3, images.size, images.size), path.with_suffix(".u8"), path.with_suffix(".pt")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -478,7 +479,8 @@ def cached(images: ImageSet, path: pathlib.Path, workers: int) -> ImageSet:
                 print(f"writing {math.prod(shape) / 1e9:.1f} GB of decoded images to {store}", flush=True)
                 about.unlink(missing_ok=True)
                 whole = torch.zeros(len(images), dtype=torch.bool)
-                with open(store, "wb") as file:
+                new = path.with_suffix(".tmp")  # a run that has the old map open keeps it
+                with open(new, "wb") as file:
                     for chunk, index in images.batches(list(torch.arange(len(images)).split(256)), torch.device("cpu"), workers):
                         whole[index] = True
                         for row, i in zip(chunk, index.tolist()):
@@ -487,6 +489,7 @@ def cached(images: ImageSet, path: pathlib.Path, workers: int) -> ImageSet:
                     file.truncate(math.prod(shape))
                     file.flush()
                     os.fsync(file.fileno())
+                os.replace(new, store)
                 images.report_broken()
                 facts = {"names": names, "whole": whole}
                 write_checkpoint(about, facts)
@@ -566,26 +569,26 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's for every
 
 
 def crop_weights(start: Tensor, length: Tensor, flip: Tensor, source: int, size: int) -> Tensor:
-    """Rows of the matrix that cuts [start, start + length) out of `source` pixels and resizes it to `size`: (B, size, source).
+    """Rows of the matrices that cut [start, start + length) out of `source` pixels and resize it to `size`: (..., size, source).
 
     Bilinear with antialiasing: a triangle of half-width max(length / size, 1) source pixels around each target pixel's centre, cut at
-    the crop's edge and normalised, which is what torchvision's resize does. flip (B,) bool mirrors the result.
+    the crop's edge and normalised, which is what torchvision's resize does. start, length and flip (bool, mirrors the result) are (...).
     """
-    scale = (length / size)[:, None, None]                                                  # (B, 1, 1) source pixels per target pixel
-    target = torch.arange(size, device=start.device) + 0.5
-    target = torch.where(flip[:, None], size - target, target)[:, :, None]                  # (B, S, 1)
-    pixel = torch.arange(source, device=start.device) + 0.5                                 # (W,)
-    start = start[:, None, None]
-    weights = (1 - (pixel - start - target * scale).abs() / scale.clamp(min=1)).clamp(min=0)  # (B, S, W)
-    weights = weights * ((pixel > start) & (pixel < start + length[:, None, None]))
-    return weights / weights.sum(2, keepdim=True)
+    start, scale = start[..., None, None], (length / size)[..., None, None]                 # (..., 1, 1) source pixels per target pixel
+    target = torch.arange(0.5, size, device=start.device)
+    target = torch.where(flip[..., None], size - target, target)[..., None]                 # (..., S, 1)
+    place = torch.arange(0.5, source, device=start.device) - start                          # (..., 1, W) in the crop
+    weights = (1 - (place - target * scale).abs() / scale.clamp(min=1)).clamp(min=0)        # (..., S, W)
+    weights = weights * ((place > 0) & (place < size * scale))
+    return weights / weights.sum(-1, keepdim=True)
 
 
 def resized_crop(images: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor, flip: Tensor, size: int) -> Tensor:
     """Crop (B,) boxes in whole pixels, resize to size x size, mirror where flip: (B, 3, H, W) -> (B, 3, size, size), two matmuls."""
-    rows = crop_weights(top, height, torch.zeros_like(flip), images.shape[2], size)         # (B, S, H)
-    columns = crop_weights(left, width, flip, images.shape[3], size)                        # (B, S, W)
-    return rows[:, None] @ images @ columns[:, None].transpose(2, 3)
+    h, w = images.shape[2:]
+    start, length, mirror = torch.stack([top, left]), torch.stack([height, width]), torch.stack([torch.zeros_like(flip), flip])
+    rows, columns = crop_weights(start, length, mirror, max(h, w), size)[:, :, None]        # (B, 1, S, max(H, W)) each, 0 outside the box
+    return rows[..., :h] @ images @ columns[..., :w].transpose(2, 3)
 
 
 def grayscale(x: Tensor) -> Tensor:
@@ -657,6 +660,7 @@ class BatchAugment(nn.Module):
         self.gray_p, self.blur_p, self.blur_sigma, self.solarize_p = gray_p, blur_p, blur_sigma, solarize_p
         self.register_buffer("mean", torch.tensor(MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(STD)[:, None, None], persistent=False)
+        self.register_buffer("strengths", torch.tensor(jitter, dtype=torch.float32), persistent=False)
         self.register_buffer("basis", blur_basis(max(1, size // 20), size), persistent=False)
 
     def forward(self, images: Tensor, generator: torch.Generator | None = None, views: int = 1) -> Tensor:
@@ -693,10 +697,11 @@ class BatchAugment(nn.Module):
         x = images.float() / 255 if images.dtype == torch.uint8 else images.float()
         x = resized_crop(x, *self.boxes(u[:, :22], *images.shape[2:]), u[:, 22] < self.flip, self.size)
         if any(self.jitter):
-            strength = [torch.where(u[:, 23] < self.jitter_p, (2 * u[:, 24 + i] - 1) * s, 0.0)[:, None, None, None] for i, s in enumerate(self.jitter)]
+            strength = (2 * u[:, 24:28] - 1) * self.strengths * (u[:, 23:24] < self.jitter_p)  # (B, 4)
+            factor = (1 + strength)[:, :, None, None, None]
             for i in order:
                 if self.jitter[i]:
-                    x = (brightness, contrast, saturation)[i](x, 1 + strength[i]) if i < 3 else hue(x, strength[i])
+                    x = (brightness, contrast, saturation)[i](x, factor[:, i]) if i < 3 else hue(x, strength[:, 3, None, None, None])
         if self.gray_p:
             x = torch.where((u[:, 28] < self.gray_p)[:, None, None, None], grayscale(x), x)
         if self.blur_p:
