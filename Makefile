@@ -14,10 +14,10 @@ endif
 ifneq ($(NAMED),)
 DATASET := $(NAMED)
 endif
-# The demo and the studies default to a budget of minutes on two CPU cores. NPID wants epochs more than images; 5120 is a multiple of
-# every batch size of `make batches`, so that all of them see the same images.
+# The demo and the studies default to a budget of minutes on two CPU cores. NPID wants epochs more than images, and its official SGD;
+# 5120 is a multiple of every batch size of `make batches`, so that all of them see the same images.
 ifneq ($(filter demo,$(MAKECMDGOALS)),)
-NPID   ?= --dim 512 --cutmix 0 --limit 1000 --epochs 60
+NPID   ?= --dim 512 --optimizer sgd --lr 0.5 --cutmix 0 --limit 1000 --epochs 60
 endif
 ifneq ($(filter npid-ablation,$(MAKECMDGOALS)),)
 EPOCHS ?= 60
@@ -38,7 +38,7 @@ LIMIT  ?= 5120
 BATCH  ?= 128
 ARGS   ?= --optimizer adamw --lr 0.004
 PROBE  ?= --epochs 0
-NPID   ?= --dim 512
+NPID   ?= --dim 512 --optimizer sgd --lr 0.5
 endif
 DATASET ?= shapes
 
@@ -61,7 +61,7 @@ ENV := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/installed)
 PAIRED = OMP_NUM_THREADS=$$($(PYTHON) -c 'import os; print(max(1, os.cpu_count() // 2))') $(MAKE) --no-print-directory -j2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test soak demo table seeds control layers batches npid-ablation efficiency study study-1 study-2 cifar10 cifar100 tinyimagenet imagenet100 imagenet1k clean
+.PHONY: help setup test soak bench bench-data demo table seeds control layers batches npid-ablation efficiency study study-1 study-2 cifar10 cifar100 tinyimagenet imagenet100 imagenet1k clean
 
 help:
 	@echo 'make demo         install, draw shapes, pretrain, probe, print a table: minutes on two CPU cores'
@@ -72,6 +72,7 @@ help:
 	@echo 'make npid-ablation  NPID and its terms, one added at a time   make efficiency NPID against MoCo v2: time, images, network'
 	@echo 'make study        methods x augmentations x seeds in one template, their effects beside the published ones (STUDY="its flags")'
 	@echo 'make test         the test suite                           make soak      the checks that take longer'
+	@echo 'make bench        a step against the floor of its network    make bench-data PHOTOS=DIR   the stages of reading large images'
 	@echo 'variables: DATASET DATA EPOCHS ARCH STEM LIMIT BATCH SEED SIZE CACHE DEVICE, ARGS="further flags of the scripts",'
 	@echo '           NPID="further flags of npid_distill.py alone", PROBE="flags of linear_probe.py", OUT=folder of the products, PYTHON=an environment of your own'
 
@@ -85,6 +86,12 @@ test: $(ENV)
 	$(PYTHON) -m pytest -q tests
 soak: $(ENV)
 	$(PYTHON) -m pytest -q tests -m soak
+# BENCH="flags of tests/bench.py"
+BENCH ?= --batch 256
+bench: $(ENV)
+	$(PYTHON) tests/bench.py $(BENCH)
+bench-data: $(ENV)
+	$(PYTHON) tests/bench.py --photos $(or $(PHOTOS),$(error set PHOTOS to a folder of photos)) --arch resnet50 --batch 32
 
 # $(call run,folder,script,flags): a pretraining run, resumed by its script where it was interrupted
 define run
@@ -153,7 +160,8 @@ control layers batches npid-ablation: $(ENV)
 	@cat $(OUT)/$@.md
 # Two processes share the cells; either can be killed, and the same command goes on.
 study: $(ENV)
-	+@mkdir -p $(OUT)/study && $(PAIRED) study-1 study-2
+	@mkdir -p $(OUT)/study
+	+@$(PAIRED) study-1 study-2
 study-1:
 	$(PYTHON) aug_study.py --study $(FLAGS) $(STUDY) --out $(OUT)/study
 study-2:

@@ -1,10 +1,53 @@
-"""How fast a training step is, against the floor of its own network: `make bench`.
+"""How fast a training step is, against the floor of its own network: `make bench` and `make bench-data`.
+
+    python tests/bench.py --arch resnet10 --stem imagenet --batch 256                       # every method: step, floor, ratio, split
+    python tests/bench.py --methods npid --npid "--dim 512 --negatives 4096" --steps 10
+    python tests/bench.py --batches 64,128,256,512,1024                                    # images/s over the batch size
+    python tests/bench.py --banks 50000,200000,1280000 --dim 128                           # NPID's losses and update over the bank's size
+    python tests/bench.py --peer "python their_step.py"                                    # its last line: images/s, as a number
+    python tests/bench.py --photos DIR --arch resnet50 --batch 32                          # decode, cache, transfer, augment, network
+
+step: median time of the real training loop's step, all that train() does between two updates included, on resident images.
+floor: forward and backward of the same network on as many resident random views, at the same precision; with the target network's forward
+pass for momentum methods, and with the three products of embeddings and bank rows for NPID. The optimizer is in the step, not in the floor.
+The split is taken in a second pass, in which every part waits for the device. Each line of the table is also a JSON line in --out.
 """
+import argparse
 import collections
+import functools
+import importlib
+import json
+import pathlib
+import resource
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
 
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+import common  # noqa: E402
+import npid_distill  # noqa: E402
+from linear_probe import markdown  # noqa: E402
+
+# name -> script and flags
+METHODS = {
+    "simclr": ("bassl", ["--layers", "0"]), "simclr + fusion": ("bassl", []), "moco": ("bassl", ["--layers", "0", "--framework", "moco"]),
+    "npid": ("npid_distill", []), "npid, ema": ("npid_distill", ["--update", "ema"]),
+    "byol": ("aug_study", ["--methods", "byol"]), "simsiam": ("aug_study", ["--methods", "simsiam"]), "barlow": ("aug_study", ["--methods", "barlow"]),
+    "vicreg": ("aug_study", ["--methods", "vicreg"]), "swav": ("aug_study", ["--methods", "swav"]), "dino": ("aug_study", ["--methods", "dino"]),
+}
+LOSSES = {"bassl": ["nt_xent", "info_nce", "cosine_loss"], "npid_distill": ["dense_losses", "chunked_losses"],
+          "aug_study": ["nt_xent", "info_nce", "cosine_loss", "barlow_loss", "vicreg_loss", "swav_loss", "dino_loss"]}
+
+
+# ------------------------------------------------------------------------------------------- operators
 
 
 class _Operators(TorchDispatchMode):
@@ -31,3 +74,249 @@ def count_operators(function) -> tuple[int, int]:
     with torch.no_grad(), _Operators() as counted:
         function()
     return sum(counted.names.values()), counted.bytes
+
+
+# ------------------------------------------------------------------------------------------- steps
+
+
+class Done(BaseException):
+    """Leaves a training loop after enough steps."""
+
+
+def wait(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def train_for(name: str, flags: list[str], steps: int, warm: int, prepare=lambda run, script: None) -> tuple[common.Run, list[float]]:
+    """Run a method's own train() for warm + steps steps; the run, and the seconds of each of the last steps."""
+    script_name, own = METHODS[name]
+    script, times, runs = importlib.import_module(script_name), [], []
+
+    def optimise(run, loss, optimise=common.Run.optimise):
+        if not runs:
+            runs.append(run)
+            prepare(run, script)
+        optimise(run, loss)
+        times.append(wait(run.device) if run.device.type != "cuda" or len(times) in (warm - 1, warm + steps - 1) else None)
+        if len(times) == warm + steps:
+            raise Done
+
+    with tempfile.TemporaryDirectory() as out:
+        real, common.Run.optimise = common.Run.optimise, optimise
+        try:
+            script.train(common.parse(script.Config, "", [*flags, *own, "--epochs", "1000", "--knn-every", "0", "--out", out]))
+        except Done:
+            pass
+        finally:
+            common.Run.optimise = real
+    if times[-2] is None:  # on a GPU one wait at either end, so that the host runs ahead as in training
+        return runs[0], [(times[-1] - times[warm - 1]) / steps] * steps
+    return runs[0], [b - a for a, b in zip(times[warm - 1:], times[warm:])]
+
+
+def split(name: str, flags: list[str], steps: int) -> dict[str, float]:
+    """Seconds per step by part, each timed with a wait before and after it."""
+    seconds, patched, stack = collections.Counter(), [], []
+
+    def timed(part, function, device):
+        @functools.wraps(function)
+        def wrapper(*args, **options):
+            began = wait(device)
+            stack.append(0.0)
+            result = function(*args, **options)
+            spent = wait(device) - began
+            seconds[part] += spent - stack.pop()  # without the parts inside it
+            if stack:
+                stack[-1] += spent
+            return result
+        return wrapper
+
+    def prepare(run, script):
+        module = run.model["framework"] if isinstance(run.model, torch.nn.ModuleDict) else run.model
+        targets = [("network", type(module), "forward"), ("augmentation", common.BatchAugment, "forward"), ("network", torch.Tensor, "backward"),
+                   ("optimizer", type(run.optimizer), "step"), *[("loss", script, loss) for loss in LOSSES[script.__name__]]]
+        if script is npid_distill:
+            targets += [("bank", npid_distill.MemoryBank, method) for method in ("in_play", "update", "update_in_chunks")] + [("augmentation", script, "cutmix")]
+        if isinstance(run.model, torch.nn.ModuleDict):
+            targets.append(("fusion", type(run.model["fusion"]), "forward"))
+        for part, owner, attribute in targets:
+            patched.append((owner, attribute, getattr(owner, attribute)))
+            setattr(owner, attribute, timed(part, getattr(owner, attribute), run.device))
+
+    try:
+        _, times = train_for(name, flags, steps, 1, prepare)
+    finally:
+        for owner, attribute, function in reversed(patched):
+            setattr(owner, attribute, function)
+    parts = {part: spent / steps for part, spent in seconds.items()}
+    return parts | {"rest": max(0.0, statistics.mean(times) - sum(parts.values()))}
+
+
+def floor(name: str, run: common.Run, steps: int) -> float:
+    """Median seconds of the network alone: forward and backward on random views, and what else the method cannot do without."""
+    model = run.model["framework"] if isinstance(run.model, torch.nn.ModuleDict) else run.model
+    batch, dtype, views = run.batch, run.dtype, {"npid_distill": 1, "bassl": 1 if name == "moco" else 2, "aug_study": 2}[run.method]
+    image = lambda n, size: torch.randn(n * batch, 3, size, size, device=run.device).to(memory_format=torch.channels_last)  # noqa: E731
+    if run.method == "npid_distill":
+        online, local, target = model, None, None
+        rows = torch.randn(min(run.cfg.negatives or len(run.images), len(run.images)), run.cfg.dim, device=run.device).to(dtype)
+        scores = torch.randn(batch, len(rows), device=run.device).to(dtype)
+    else:
+        import aug_study
+
+        online = torch.nn.Sequential(model.encoder, model.projector, getattr(model, "predictor", torch.nn.Identity()))
+        target = getattr(model, "target", None)
+        local = aug_study.AUGMENTATIONS[run.cfg.augs or aug_study.METHODS[name].aug].locals if run.method == "aug_study" else 0
+    x, small = image(views, run.size), image(local, aug_study.local_size(run.size)) if local else None
+    times = []
+    for _ in range(steps + 2):
+        began = wait(run.device)
+        with run.autocast():
+            z = online(x)
+            loss = z.float().square().mean() + (online(small).float().square().mean() if local else 0)
+            if target is not None:
+                with torch.no_grad():
+                    target(x)
+        if run.method == "npid_distill":
+            z = z.detach().to(dtype)
+            _ = z @ rows.T, scores @ rows, scores.T @ z  # cosines, their gradient, the rows' update
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        times.append(wait(run.device) - began)
+    return statistics.median(times[2:])
+
+
+def bench(name: str, flags: list[str], steps: int) -> dict:
+    run, times = train_for(name, flags, steps, 3)
+    step, least = statistics.median(times), floor(name, run, steps)
+    parts = split(name, flags, max(2, steps // 2))
+    memory = torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"method": name, "network": f"{run.cfg.arch}, {run.stem} stem, {run.size} px", "batch": run.cfg.batch, "precision": str(run.dtype).removeprefix("torch."),
+            "images_per_s": round(run.cfg.batch / step, 1), "step_ms": round(1e3 * step, 1), "floor_ms": round(1e3 * least, 1), "floor/step": round(least / step, 3),
+            **{f"{part} %": round(100 * spent / sum(parts.values()), 1) for part, spent in sorted(parts.items())},
+            "peak_GB": round(memory / 1e9, 2), "device": common.device_name(run.device), "torch": torch.__version__}
+
+
+def bench_bank(rows: int, dim: int, batch: int, negatives: int, steps: int, device: torch.device) -> dict:
+    """NPID's losses, their gradient and the update on a bank of random rows; negatives 0 = all of them."""
+    bank = npid_distill.MemoryBank(1, dim).to(device)
+    bank.rows = torch.cat([F.normalize(torch.randn(n, dim, device=device), dim=1) for n in [len(piece) for piece in torch.empty(rows).split(100_000)]])
+    weight, times = torch.full((batch, 2), 0.5, device=device), []
+    for _ in range(steps + 1):
+        z = F.normalize(torch.randn(batch, dim, device=device), dim=1).requires_grad_()
+        index, partner = torch.randint(rows, (batch,), device=device), torch.randperm(batch, device=device)
+        began = wait(device)
+        if negatives:
+            columns, own, repeated = bank.in_play(index, negatives)
+            ce, kl, prob = npid_distill.dense_losses(z, bank.rows[columns], torch.stack([own, own[partner]], 1), weight, repeated, 0.2, 0.5, False)
+            (ce + 20 * kl).backward()
+            bank.update(index, z, prob, weight, columns, torch.stack([own, own[partner]], 1))
+        else:
+            labels = torch.stack([index, index[partner]], 1)
+            ce, kl, log_z = npid_distill.chunked_losses(z, bank.rows, labels, weight, 0.2, 0.5, False, 8192)
+            (ce + 20 * kl).backward()
+            bank.update_in_chunks(labels, z, log_z, 0.2, 8192, weight)
+        times.append(wait(device) - began)
+    step = statistics.median(times[1:])
+    return {"bank rows": rows, "dim": dim, "batch": batch, "negatives": negatives or "all", "ms": round(1e3 * step, 1), "images_per_s": round(batch / step, 1),
+            "device": common.device_name(device), "torch": torch.__version__}
+
+
+# ------------------------------------------------------------------------------------------- stages of large images
+
+
+def bench_data(folder: str, arch: str, batch: int, size: int, device: torch.device) -> list[dict]:
+    """Images per second of each stage by itself: which one to buy."""
+    stored, rows = common.working_size(size), []
+    images = common.find_tree("folder", pathlib.Path(folder), "train", stored)
+    cpu, order = torch.device("cpu"), list(torch.arange(len(images)).split(batch))
+
+    def row(stage, count, seconds):
+        rows.append({"stage": stage, "images_per_s": round(count / seconds, 1), "images": len(images), "size": size, "device": common.device_name(device)})
+
+    def read(source, workers=0):
+        began = time.perf_counter()
+        count = sum(len(x) for x, _ in source.batches(order, cpu, workers))
+        return count, time.perf_counter() - began
+
+    torch.set_num_threads(1)
+    row("decode, one core", *read(images))
+    row("decode, two workers", *read(images, 2))
+    with tempfile.TemporaryDirectory() as cache:
+        began = time.perf_counter()
+        mapped = common.cached(images, pathlib.Path(cache) / "photos", 0)
+        row("decode and write the cache, one core", len(mapped), time.perf_counter() - began)
+        row("read the cache, one core", *read(mapped))
+        x = torch.stack([mapped[i % len(mapped)] for i in range(batch)])
+    torch.set_num_threads(torch.get_num_interop_threads())
+
+    def stage(name, function, repeat=3):
+        function()
+        began = wait(device)
+        for _ in range(repeat):
+            function()
+        row(name, repeat * batch, wait(device) - began)
+
+    stage("transfer to the device", lambda: x.to(device, copy=True))
+    on_device, augment = x.to(device), common.BatchAugment(size).to(device)
+    stage("augment, one view", lambda: augment(on_device))
+    encoder = common.resnet(arch, "imagenet").to(device, memory_format=torch.channels_last)
+    views, dtype = augment(on_device).contiguous(memory_format=torch.channels_last), common.pick_dtype("auto", device)
+
+    def network():
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            z = encoder(views)
+        z.float().square().mean().backward()
+
+    stage(f"{arch}, forward and backward, one view", network, 2)
+    return rows
+
+
+# ------------------------------------------------------------------------------------------- main
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for flag, default in {"methods": ",".join(METHODS).replace("npid, ema", "npid; ema"), "arch": "resnet10", "stem": "imagenet", "device": "auto", "amp": "auto", "npid": "--dim 512",
+                          "batches": "", "banks": "", "peer": "", "photos": "", "out": "", "dataset": "shapes", "data": "data"}.items():
+        parser.add_argument(f"--{flag}", default=default)
+    for flag, default in {"batch": 256, "steps": 10, "dim": 128, "size": 0}.items():
+        parser.add_argument(f"--{flag}", type=int, default=default)
+    args = parser.parse_args()
+    device = common.pick_device(args.device)
+    flags = lambda batch: ["--dataset", args.dataset, "--data", args.data, "--arch", args.arch, "--stem", args.stem, "--device", args.device, "--amp", args.amp,  # noqa: E731
+                           "--batch", str(batch), *(["--size", str(args.size)] if args.size else [])]
+    names = [name.replace("; ", ", ") for name in args.methods.split(",")]
+    own = lambda name: shlex.split(args.npid) if name.startswith("npid") else []  # noqa: E731
+    rows = []
+
+    def take(row):
+        rows.append(row)
+        print(f"{row.get('method') or row.get('stage') or row.get('bank rows')}: {row['images_per_s']} images/s", file=sys.stderr, flush=True)
+        if args.out:
+            common.append_line(pathlib.Path(args.out), json.dumps(row | {"command": shlex.join(["python", *sys.argv])}))
+
+    if args.photos:
+        for row in bench_data(args.photos, args.arch, args.batch, args.size or 224, device):
+            take(row)
+    elif args.banks:
+        for n in map(int, args.banks.split(",")):
+            for negatives in (10_000, 0):
+                take(bench_bank(n, args.dim, args.batch, negatives, args.steps, device))
+    else:
+        for batch in map(int, (args.batches or str(args.batch)).split(",")):
+            for name in names:
+                take(bench(name, [*flags(batch), *own(name)], args.steps))
+    if args.peer:
+        done = subprocess.run(args.peer, shell=True, capture_output=True, text=True, check=True)
+        take({"method": f"peer: {args.peer}", "images_per_s": float(done.stdout.split()[-1])})
+    head = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in ("device", "torch")]
+    print("\n".join(markdown(head, [[row.get(key, "") for key in head] for row in rows])))
+    print(f"\n{rows[0].get('device', '')}, torch {torch.__version__}")
+
+
+if __name__ == "__main__":
+    with common.one_line_errors():
+        main()

@@ -178,17 +178,32 @@ def test_a_command_of_the_readme_runs_shortened_by_its_own_flags(command, tmp_pa
                 module = importlib.import_module(match[1])
                 common.parse(module.Config, "", shlex.split(match[2]))
         return
-    script, flags = words[1], words[2:]
+    processes = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if words[0] == "torchrun" else []
+    script, flags = [word for word in words[1:] if word.endswith(".py")][0], words[(3 if processes else 2):]
     if script == "linear_probe.py" and "--table" in flags:
         flags = ["--table", tiny_backbone.parent / "results.jsonl"]
     elif script == "linear_probe.py":
         there = {"--backbone": tiny_backbone, "--neighbours": tmp_path / "n.png"}
         flags = [there.get(before, flag) for before, flag in zip(["", *flags], flags)]
         flags += [*SHORT, "--epochs", "0", "--fraction", "0.02", "--out", tmp_path]
+    elif "--study" in flags:
+        flags += [*SHORT, "--limit", "24", "--batch", "8", "--epochs", "1", "--methods", "simclr", "--augs", "simclr", "--seeds", "0", "--probe-fraction", "0.02",
+                  "--out", tmp_path / "out"]
     else:
         flags += [*SHORT, "--limit", "24", "--batch", "8", "--epochs", "1", "--out", tmp_path / "out"]
-    code, _, stderr = run_script(script, *flags)
+    code, _, stderr = run_script(*processes, script, *flags)
     assert code == 0, stderr
+
+
+def test_the_readmes_ninth_method_trains(tmp_path, monkeypatch):
+    import aug_study
+
+    code = re.search(r"```python\n(def uniform_loss.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    monkeypatch.setattr(aug_study, "METHODS", dict(aug_study.METHODS))
+    exec(code, vars(aug_study))
+    aug_study.train(common.parse(aug_study.Config, "", [*TINY, "--methods", "uniform", "--augs", "multicrop", "--size", "32", "--out", str(tmp_path)]))
+    assert (tmp_path / "backbone.pt").exists()
 
 
 @pytest.fixture(scope="session")

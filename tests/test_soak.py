@@ -1,37 +1,12 @@
 """What takes minutes to hours: `make soak`."""
 import json
-import random
 import subprocess
 import sys
-import time
 
 import pytest
 
-import common
-from conftest import ROOT, TINY, assert_same, read_log, run_script
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("script, kills, flags", [
-    ("bassl.py", 25, ["--framework", "moco"]), ("npid_distill.py", 25, ["--dim", "16", "--negatives", "12"]), ("aug_study.py", 15, ["--methods", "dino"])])
-def test_sigkill_at_any_moment_changes_nothing(script, kills, flags, tmp_path):
-    """SIGKILL after a random time, start-up, saves and the end of epochs included; then the run goes on to its end."""
-    flags = [*TINY, *flags, "--epochs", "40", "--knn-every", "10", "--save-every", "3steps", "--deterministic"]
-    began = time.monotonic()
-    assert run_script(script, *flags, "--out", tmp_path / "whole", timeout=900)[0] == 0
-    length, draw = time.monotonic() - began, random.Random(0)
-    for _ in range(kills):
-        process = subprocess.Popen([sys.executable, script, *flags, "--out", str(tmp_path / "killed")], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(draw.uniform(2.0, 0.5 * length))
-        process.kill()
-        process.wait()
-    status, _, stderr = run_script(script, *flags, "--out", tmp_path / "killed", timeout=900)
-    assert status == 0, stderr
-    whole, killed = (common.read_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "killed"))
-    for state in (whole, killed):
-        state.pop("seconds"), state["config"].pop("out")
-    assert_same(whole, killed)
-    assert read_log(tmp_path / "whole") == read_log(tmp_path / "killed")
+import aug_study
+from conftest import ROOT, run_script
 
 
 @pytest.mark.soak
@@ -43,3 +18,42 @@ def test_the_demo_ends_in_its_table_with_every_method_above_the_random_network(t
     floor = knn.pop(("random", "untrained"))
     assert len(knn) == 3
     assert all(value > floor + (10 if method == "npid_distill" else 15) for (method, _), value in knn.items()), (floor, knn)
+
+
+DEMO_NPID = "--dataset shapes --arch resnet10 --stem imagenet --batch 128 --dim 512 --cutmix 0 --limit 1000 --epochs 60 --knn-every 0".split()
+PLAIN = "--init random --update ema --lambda-kl 0".split()
+
+
+def pretrain_and_probe(script, flags, out):
+    for command in ([script, *flags, "--out", out], ["linear_probe.py", "--backbone", out / "backbone.pt", "--dataset", "shapes", "--epochs", "0"]):
+        status, _, stderr = run_script(*command, timeout=1800)
+        assert status == 0, stderr
+    return json.loads((out / "results.jsonl").read_text().splitlines()[-1])
+
+
+@pytest.mark.soak
+def test_the_full_npid_beats_plain_npid_and_the_random_network_on_three_seeds(tmp_path):
+    """At the demo's budget, by knn_top1."""
+    for seed in ("0", "1", "2"):
+        full, plain = (pretrain_and_probe("npid_distill.py", [*DEMO_NPID, *flags, "--seed", seed], tmp_path / f"{name}-{seed}")["knn_top1"]
+                       for name, flags in (("full", []), ("plain", PLAIN)))
+        random = tmp_path / f"random-{seed}"
+        assert run_script("linear_probe.py", "--random", "--arch", "resnet10", "--stem", "imagenet", "--epochs", "0", "--seed", seed, "--out", random)[0] == 0
+        floor = json.loads((random / "results.jsonl").read_text())["knn_top1"]
+        print(f"seed {seed}: random {floor}, plain {plain}, full {full}")
+        assert full > plain + 2 and full > floor + 15
+
+
+DEMO = "--dataset shapes --arch resnet10 --stem imagenet --batch 128 --limit 5120 --epochs 8 --optimizer adamw --lr 0.004 --knn-every 1".split()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", aug_study.METHODS)
+def test_no_method_collapses_at_the_demos_budget(name, tmp_path):
+    """Every method in the template, under simclr's views: spread features, and better ones than the random network's."""
+    row = pretrain_and_probe("aug_study.py", [*DEMO, "--methods", name, "--augs", "simclr"], tmp_path)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()][1:]
+    signs = [(line["feature_std"], line["effective_rank"]) for line in log]
+    print(name, row["knn_top1"], signs)
+    assert min(std for std, _ in signs) > 0.2 and min(rank for _, rank in signs) > 10
+    assert row["knn_top1"] > 43.4                                                       # the random network's, results/shapes-demo.jsonl
