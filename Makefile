@@ -61,7 +61,7 @@ ENV := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/installed)
 PAIRED = OMP_NUM_THREADS=$$($(PYTHON) -c 'import os; print(max(1, os.cpu_count() // 2))') $(MAKE) --no-print-directory -j2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test soak bench bench-data demo table seeds control layers batches npid-ablation efficiency study study-1 study-2 cifar10 cifar100 tinyimagenet imagenet100 imagenet1k clean
+.PHONY: help setup test test-1 test-2 soak bench bench-data demo table seeds control layers batches npid-ablation efficiency study study-1 study-2 cifar10 cifar100 tinyimagenet imagenet100 imagenet1k clean
 
 help:
 	@echo 'make demo         install, draw shapes, pretrain, probe, print a table: minutes on two CPU cores'
@@ -82,8 +82,15 @@ setup: $(ENV)
 	.venv/bin/python -m pip install --quiet -r requirements.txt
 	touch $@
 
+# In two halves side by side: most of a test's time is a script that starts. What a half prints comes whole at its end.
 test: $(ENV)
-	$(PYTHON) -m pytest -q tests
+	+@$(PAIRED) -O test-1 test-2
+TESTS := $(wildcard tests/test_*.py)
+FIRST := tests/test_cli.py tests/test_bassl.py tests/test_speed.py
+test-1:
+	$(PYTHON) -m pytest -q $(FIRST)
+test-2:
+	$(PYTHON) -m pytest -q $(filter-out $(FIRST),$(TESTS))
 soak: $(ENV)
 	$(PYTHON) -m pytest -q tests -m soak
 # BENCH="flags of tests/bench.py"

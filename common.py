@@ -113,8 +113,10 @@ def parse(config_class: type, doc: str, argv: list[str] | None = None, shared: t
     for name, value in vars(cfg).items():
         if isinstance(value, float) and not math.isfinite(value):
             parser.error(f"--{name.replace('_', '-')} {value}: want a finite number")
-        if isinstance(value, (int, float)) and not (least := {"batch": 2, "chunk": 1}.get(name, 0)) <= value <= 2**53:
-            parser.error(f"--{name.replace('_', '-')} {value}: want {least} or more, and no more than 2^53")
+        if isinstance(value, (int, float)) and value < (least := {"batch": 2, "chunk": 1}.get(name, 0)):
+            parser.error(f"--{name.replace('_', '-')} {value}: want {least} or more")
+        if isinstance(value, int) and value > 2**53:
+            parser.error(f"--{name.replace('_', '-')} {value}: want 2^53 or less")
     return cfg
 
 

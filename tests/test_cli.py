@@ -176,7 +176,7 @@ def test_a_command_of_the_readme_runs_shortened_by_its_own_flags(command, tmp_pa
         for line in done.stdout.splitlines():                                            # what make would run is well-formed too
             if match := re.match(r"\S*python\S* (bassl|npid_distill|aug_study)\.py (.*)", line):
                 module = importlib.import_module(match[1])
-                common.parse(module.Config, "", shlex.split(match[2]))
+                common.parse(module.Config, "", shlex.split(match[2].split(" > ")[0]))
         return
     processes = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if words[0] == "torchrun" else []
     script, flags = [word for word in words[1:] if word.endswith(".py")][0], words[(3 if processes else 2):]
