@@ -57,6 +57,12 @@ def one_line_errors():
         sys.stdout.flush()
         print(f"{pathlib.Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):  # torch raises this from a signal handler, wherever the run is at that moment
+            raise
+        print(f"{pathlib.Path(sys.argv[0]).name}: error: a process that decodes images died ({str(error).splitlines()[0]}); out of memory? "
+              "try fewer --workers", file=sys.stderr)
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
@@ -344,8 +350,7 @@ class ImageSet(torch.utils.data.Dataset):
     def batches(self, order: list[Tensor], device: torch.device, workers: int = 0):
         """Yields (images (B, 3, H, H) uint8, index (B,)) on the device for each tensor of positions in order.
 
-        Images that do not decode are left out (B may be 0) and noted in `broken`. Raises RunError where that is more than 1 % of all, or where a
-        worker process dies.
+        Images that do not decode are left out (B may be 0) and noted in `broken`. Raises RunError where that is more than 1 % of all.
         """
         if self.files is None:
             for index in order:
@@ -353,17 +358,12 @@ class ImageSet(torch.utils.data.Dataset):
             return
         loader = torch.utils.data.DataLoader(range(len(self)), batch_sampler=[i.tolist() for i in order], num_workers=workers,
                                              pin_memory=device.type == "cuda", collate_fn=_TryDecode(self))
-        try:
-            for good, images, bad in loader:
-                self.broken.update(bad)
-                if len(self.broken) > 0.01 * len(self):
-                    raise RunError(f"{len(self.broken)} of {len(self)} images do not decode: {'; '.join([*self.broken.values()][:20])}")
-                images = torch.empty(0, 3, self.size, self.size, dtype=torch.uint8) if images is None else images
-                yield images.to(device, non_blocking=True), torch.tensor(good, dtype=torch.long, device=device)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise RunError(f"a process that decodes images died ({str(error).splitlines()[0]}); out of memory? try fewer --workers") from None
+        for good, images, bad in loader:
+            self.broken.update(bad)
+            if len(self.broken) > 0.01 * len(self):
+                raise RunError(f"{len(self.broken)} of {len(self)} images do not decode: {'; '.join([*self.broken.values()][:20])}")
+            images = torch.empty(0, 3, self.size, self.size, dtype=torch.uint8) if images is None else images
+            yield images.to(device, non_blocking=True), torch.tensor(good, dtype=torch.long, device=device)
 
     def report_broken(self, already: int = 0) -> int:
         """Name the images that did not decode, but for the first `already` of them; returns how many there are."""
@@ -385,7 +385,8 @@ class _TryDecode:
                 pixels.append(self.images[i])
                 good.append(i)
             except Exception as error:  # Pillow raises many kinds for a broken file; each is reported with the file's name
-                bad[i] = f"{self.images.files[i]} ({error})"
+                file, reason = str(self.images.files[i]), str(error) or type(error).__name__
+                bad[i] = reason if file in reason else f"{file} ({reason})"
         return good, torch.stack(pixels) if pixels else None, bad
 
 

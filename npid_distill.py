@@ -14,8 +14,9 @@ The two softmaxes differ: the cross-entropy divides cosines by tau, the KL term 
 What the official code does and this file does not: fill the bank in train mode with the last batch dropped (rows of zeros), leave the
 bank out of the checkpoint, keep a bank of its own per process, log a loss without the KL term.
 
-Memory: the bank is N x D values, 50,000 x 2048 float32 = 410 MB (bf16 half), 1.28 million x 128 = 655 MB. A step on K sampled rows holds
-(B, K) cosines a few times over and (K, D) rows twice; with --negatives 0 and more rows than --chunk nothing larger than (B, chunk) is made.
+Memory, measured (float32, B 512, CPU; `make bench BENCH="--banks ..."`, results/bench-banks.jsonl): on top of a bank of 50,000 x 2048
+(410 MB) the losses, their gradient and the update take @A MB with 10,000 sampled rows and @B MB with --negatives 0; on top of one of
+1.28 million x 128 (655 MB), @C MB with --negatives 0, where nothing larger than (B, --chunk) is made. --bank-dtype bf16 halves the bank.
 Shapes: B batch, N images, D embedding, K rows in play, L labels per sample (2 under CutMix).
 """
 import math

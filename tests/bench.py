@@ -24,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 import torch
@@ -199,29 +200,63 @@ def bench(name: str, flags: list[str], steps: int) -> dict:
             "peak_GB": round(memory / 1e9, 2), "device": common.device_name(run.device), "torch": torch.__version__}
 
 
+class Memory:
+    """Bytes that a block takes on top of what was there: of the device's allocator, or on a CPU of the process, looked at every 5 ms."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.over = device, threading.Event()
+
+    def now(self) -> int:
+        return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    def __enter__(self):
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.before = torch.cuda.memory_allocated(self.device)
+            return self
+        self.before = self.peak = self.now()
+        self.watcher = threading.Thread(target=self.watch)
+        self.watcher.start()
+        return self
+
+    def watch(self):
+        while not self.over.wait(0.005):
+            self.peak = max(self.peak, self.now())
+
+    def __exit__(self, *_):
+        if self.device.type == "cuda":
+            self.peak = torch.cuda.max_memory_allocated(self.device)
+        else:
+            self.over.set()
+            self.watcher.join()
+        self.bytes = self.peak - self.before
+
+
 def bench_bank(rows: int, dim: int, batch: int, negatives: int, steps: int, device: torch.device) -> dict:
     """NPID's losses, their gradient and the update on a bank of random rows; negatives 0 = all of them."""
     bank = npid_distill.MemoryBank(1, dim).to(device)
     bank.rows = torch.cat([F.normalize(torch.randn(n, dim, device=device), dim=1) for n in [len(piece) for piece in torch.empty(rows).split(100_000)]])
-    weight, times = torch.full((batch, 2), 0.5, device=device), []
+    weight, times, on_top = torch.full((batch, 2), 0.5, device=device), [], 0
     for _ in range(steps + 1):
         z = F.normalize(torch.randn(batch, dim, device=device), dim=1).requires_grad_()
         index, partner = torch.randint(rows, (batch,), device=device), torch.randperm(batch, device=device)
         began = wait(device)
-        if negatives:
-            columns, own, repeated = bank.in_play(index, negatives)
-            ce, kl, prob = npid_distill.dense_losses(z, bank.rows[columns], torch.stack([own, own[partner]], 1), weight, repeated, 0.2, 0.5, False)
-            (ce + 20 * kl).backward()
-            bank.update(index, z, prob, weight, columns, torch.stack([own, own[partner]], 1))
-        else:
-            labels = torch.stack([index, index[partner]], 1)
-            ce, kl, log_z = npid_distill.chunked_losses(z, bank.rows, labels, weight, 0.2, 0.5, False, 8192)
-            (ce + 20 * kl).backward()
-            bank.update_in_chunks(labels, z, log_z, 0.2, 8192, weight)
+        with Memory(device) as memory:
+            if negatives:
+                columns, own, repeated = bank.in_play(index, negatives)
+                ce, kl, prob = npid_distill.dense_losses(z, bank.rows[columns], torch.stack([own, own[partner]], 1), weight, repeated, 0.2, 0.5, False)
+                (ce + 20 * kl).backward()
+                bank.update(index, z, prob, weight, columns, torch.stack([own, own[partner]], 1))
+            else:
+                labels = torch.stack([index, index[partner]], 1)
+                ce, kl, log_z = npid_distill.chunked_losses(z, bank.rows, labels, weight, 0.2, 0.5, False, 8192)
+                (ce + 20 * kl).backward()
+                bank.update_in_chunks(labels, z, log_z, 0.2, 8192, weight)
         times.append(wait(device) - began)
+        on_top = max(on_top, memory.bytes)
     step = statistics.median(times[1:])
     return {"bank rows": rows, "dim": dim, "batch": batch, "negatives": negatives or "all", "ms": round(1e3 * step, 1), "images_per_s": round(batch / step, 1),
-            "device": common.device_name(device), "torch": torch.__version__}
+            "bank_MB": round(4e-6 * rows * dim), "on_top_MB": round(on_top / 1e6), "device": common.device_name(device), "torch": torch.__version__}
 
 
 # ------------------------------------------------------------------------------------------- stages of large images
