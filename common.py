@@ -173,6 +173,12 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+def meet() -> None:
+    """Go on when all processes are here."""
+    if world() > 1:
+        dist.all_reduce(torch.zeros(1))
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -244,10 +250,11 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         with torch.autocast(x.device.type, enabled=False):
             dims, shape = [d for d in range(x.ndim) if d != 1], [-1 if d == 1 else 1 for d in range(x.ndim)]
             y, count = x.float(), world() * x.numel() // x.shape[1]
-            y = y - (total(y.sum(dims)) / count).view(shape)
+            mean = total(y.sum(dims)) / count
+            y = y - mean.view(shape)
             variance = total(y.square().sum(dims)) / count
             with torch.no_grad():
-                self.running_mean.lerp_((x.float() - y).detach().mean(dims), self.momentum)
+                self.running_mean.lerp_(mean, self.momentum)
                 self.running_var.lerp_(variance * count / (count - 1), self.momentum)
                 self.num_batches_tracked += 1
             return (y * (self.weight * (variance + self.eps).rsqrt()).view(shape) + self.bias.view(shape)).to(x.dtype)
@@ -327,11 +334,12 @@ def draw_shapes(n: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
 
 class ImageSet(torch.utils.data.Dataset):
     """Images of one split: labels (N,) int64, -1 where there is no class; classes, their names; and their pixels, (3, H, H) uint8 each:
-    `pixels` (N, 3, H, H) in memory, or else `files`, decoded by the workers of batches(), or row numbers of `store`, a map on disk."""
+    `pixels` (N, 3, H, H) in memory, or else `files`, decoded by the workers of batches(), or row numbers of `store`, the arguments of a map on disk that each worker opens for itself."""
 
     def __init__(self, labels: Tensor, classes: list[str], pixels: Tensor | None = None, files: list | None = None, size: int = 0, store=None):
         self.labels, self.classes, self.pixels, self.files, self.size, self.store = labels, classes, pixels, files, size, store
         self.broken: dict[int, str] = {}  # position -> file and reason, of the images that did not decode so far
+        self.most = 0.01 * len(labels)    # of them, before a run ends; a part of a set may have as many as the whole
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -339,18 +347,21 @@ class ImageSet(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> Tensor:
         if self.files is None:
             return self.pixels[i]
-        return decode(self.files[i], self.size) if self.store is None else torch.from_numpy(np.array(self.store[self.files[i]]))
+        return decode(self.files[i], self.size) if self.store is None else torch.from_numpy(np.array(np.memmap(**self.store)[self.files[i]]))
 
     def subset(self, index: Tensor) -> "ImageSet":
         """The images at these positions (M,), in this order."""
         files = None if self.files is None else [self.files[i] for i in index.tolist()]
         pixels = None if self.pixels is None else self.pixels[index.to(self.pixels.device)]
-        return ImageSet(self.labels[index], self.classes, pixels, files, self.size, self.store)
+        part = ImageSet(self.labels[index], self.classes, pixels, files, self.size, self.store)
+        part.most = self.most
+        return part
 
     def batches(self, order: list[Tensor], device: torch.device, workers: int = 0):
         """Yields (images (B, 3, H, H) uint8, index (B,)) on the device for each tensor of positions in order.
 
-        Images that do not decode are left out (B may be 0) and noted in `broken`. Raises RunError where that is more than 1 % of all.
+        Images that do not decode are left out (B may be 0) and noted in `broken`. Raises RunError where that is more than 1 % of all (of a
+        process's share of them under torchrun).
         """
         if self.files is None:
             for index in order:
@@ -358,12 +369,12 @@ class ImageSet(torch.utils.data.Dataset):
             return
         loader = torch.utils.data.DataLoader(range(len(self)), batch_sampler=[i.tolist() for i in order], num_workers=workers,
                                              pin_memory=device.type == "cuda", collate_fn=_TryDecode(self))
-        for good, images, bad in loader:
+        for index, images, bad in loader:
             self.broken.update(bad)
-            if len(self.broken) > 0.01 * len(self):
+            if len(self.broken) > self.most / world():
                 raise RunError(f"{len(self.broken)} of {len(self)} images do not decode: {'; '.join([*self.broken.values()][:20])}")
             images = torch.empty(0, 3, self.size, self.size, dtype=torch.uint8) if images is None else images
-            yield images.to(device, non_blocking=True), torch.tensor(good, dtype=torch.long, device=device)
+            yield images.to(device, non_blocking=True), index.to(device, non_blocking=True)
 
     def report_broken(self, already: int = 0) -> int:
         """Name the images that did not decode, but for the first `already` of them; returns how many there are."""
@@ -387,7 +398,7 @@ class _TryDecode:
             except Exception as error:  # Pillow raises many kinds for a broken file; each is reported with the file's name
                 file, reason = str(self.images.files[i]), str(error) or type(error).__name__
                 bad[i] = reason if file in reason else f"{file} ({reason})"
-        return good, torch.stack(pixels) if pixels else None, bad
+        return torch.tensor(good, dtype=torch.long), torch.stack(pixels) if pixels else None, bad
 
 
 def decode(path: str, size: int) -> Tensor:
@@ -406,13 +417,13 @@ def decode(path: str, size: int) -> Tensor:
 
 
 def list_images(root: pathlib.Path) -> list[str]:
-    """Image files below root, nested, sorted; hidden files and folders are ignored, and links that lead back up."""
+    """Image files below root, nested, sorted; hidden ones are ignored, and folders that links lead to a second time."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
-    found = []
+    found, seen = [], {os.path.realpath(root)}
     for folder, names, files in os.walk(root, followlinks=True):
-        here = pathlib.Path(folder).resolve()
-        names[:] = [name for name in names if not name.startswith(".") and not here.is_relative_to((here / name).resolve())]
+        places = {name: os.path.realpath(os.path.join(folder, name)) for name in sorted(names) if not name.startswith(".")}
+        names[:] = [name for name, place in places.items() if place not in seen and not seen.add(place)]
         found += [os.path.join(folder, file) for file in files if file.lower().endswith(IMG_EXTENSIONS) and not file.startswith(".")]
     return sorted(found)
 
@@ -467,8 +478,9 @@ def load_images(dataset: str, data: str, split: str, size: int, workers: int = 0
 def cached(images: ImageSet, path: pathlib.Path, workers: int) -> ImageSet:
     """The same images read from path.u8, a map of (N, 3, H, H) uint8 on disk that is made where there is none.
 
-    path.pt, written last, says what the map holds: the names of the files, their labels, and which of them decode. A map without it, of
-    another size, or of other files is made anew, so one that was interrupted is never read. Raises RunError where it cannot be written.
+    path.pt, written last, holds a digest of the files' names and which of them decode. A map without it, of another size, or of files of
+    other names is made anew, so one that was interrupted is never read; files that changed under the same names are not seen. Raises
+    RunError where it cannot be written.
     """
     base = os.path.commonpath(images.files)
     names = hashlib.sha256("\n".join([os.path.realpath(base), *(file[len(base):] for file in images.files)]).encode()).hexdigest()
@@ -477,7 +489,10 @@ def cached(images: ImageSet, path: pathlib.Path, workers: int) -> ImageSet:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # a second run waits here until the first has made the map
-            facts = read_checkpoint(about) if about.exists() and store.exists() and store.stat().st_size == math.prod(shape) else {}
+            facts = {}
+            if about.exists() and store.exists() and store.stat().st_size == math.prod(shape):
+                with contextlib.suppress(RunError):  # a damaged one is made anew like one that is not there
+                    facts = read_checkpoint(about)
             if facts.get("names") != names:
                 print(f"writing {math.prod(shape) / 1e9:.1f} GB of decoded images to {store}", flush=True)
                 about.unlink(missing_ok=True)
@@ -499,7 +514,7 @@ def cached(images: ImageSet, path: pathlib.Path, workers: int) -> ImageSet:
     except OSError as error:
         raise RunError(f"could not write the cache {store} ({error.strerror})") from None
     rows = facts["whole"].nonzero()[:, 0]
-    return ImageSet(images.labels[rows], images.classes, files=rows.tolist(), size=images.size, store=np.memmap(store, np.uint8, "r", shape=shape))
+    return ImageSet(images.labels[rows], images.classes, files=rows.tolist(), size=images.size, store=dict(filename=store, dtype=np.uint8, mode="r", shape=shape))
 
 
 def working_size(size: int) -> int:
@@ -513,7 +528,9 @@ def download_cifar(dataset: str, root: pathlib.Path, split: str, size: int) -> I
 
     kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[dataset]
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        root.mkdir(parents=True, exist_ok=True)
+        with contextlib.redirect_stdout(sys.stderr), open(root / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one process downloads, the others then find it there
             loaded = kind(str(root), train=split == "train", download=True)
     except (OSError, RuntimeError) as error:
         raise RunError(
@@ -784,10 +801,12 @@ def pick_device(name: str) -> torch.device:
     """ "auto" -> cuda, then mps, then cpu; under torchrun the process's own GPU. Raises UsageError for a device that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(name)
+    if name.startswith("cuda:") and world() > 1:
+        raise UsageError(f"--device {name}: under torchrun each process takes its own GPU; want --device cuda")
     try:
+        if name == "cuda" and "LOCAL_RANK" in os.environ:
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(name)
         torch.zeros(1, device=name)
         return torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -950,6 +969,8 @@ def save_grid(path: pathlib.Path, views: Tensor, columns: int) -> None:
     """A PNG of normalised images (N, 3, S, S), `columns` to a row."""
     from torchvision.utils import save_image
 
+    if rank():
+        return
     x = views.float().cpu() * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
     path.parent.mkdir(parents=True, exist_ok=True)
     save_image(x.clamp(0, 1), path, nrow=columns)
@@ -980,7 +1001,6 @@ class Run:
         torch.backends.cudnn.benchmark = not cfg.deterministic
         if self.device.type == "cpu":
             keep_memory()
-        torch.manual_seed(cfg.seed)
         self.size = pick_size(cfg.size, cfg.dataset)
         self.stem = pick_stem(cfg.stem, self.size)
         if self.device.type == "cpu" and self.stem == "imagenet" and self.size <= 16:
@@ -994,12 +1014,13 @@ class Run:
             raise UsageError(f"--batch {cfg.batch} is larger than the {len(images)} training images")
         if images.files is None:
             images.pixels = images.pixels.to(self.device)
+        torch.manual_seed(cfg.seed)  # after the images: workers that decode draw from the same generator
         self.images = images
         self.steps_per_epoch = len(images) // cfg.batch
         self.steps = self.steps_per_epoch * cfg.epochs
         self.lr = cfg.lr * cfg.batch / 256
         self.epoch = self.step = 0
-        self.bad_steps = torch.zeros((), dtype=torch.long, device=self.device)
+        self.bad_steps = self.worst = torch.zeros((), dtype=torch.long, device=self.device)  # in a row, now and at most
         self.sums: dict[str, Tensor] = {}
         self.seconds, self.stopping = 0.0, 0
 
@@ -1036,6 +1057,8 @@ class Run:
             f"lr {self.lr:.4g} = {self.cfg.lr:g} x {self.cfg.batch}/256, {header['device']}, {header['precision']}, "
             f"{header['parameters'] / 1e6:.1f} M parameters -> {self.out}")
         self._resume(header)
+        if len(set(gather(torch.tensor([self.step])).tolist())) > 1:
+            raise RunError(f"the processes found different checkpoints in {self.out}: want a folder that all of them see")
 
     def _resume(self, header: dict) -> None:
         path, log = self.out / "checkpoint.pt", self.out / "log.jsonl"
@@ -1090,8 +1113,9 @@ class Run:
         return ", ".join(f"{n} ({other.get(n)!r}, not {ours.get(n)!r})" for n in names)
 
     def save(self) -> None:
-        """Everything needed to go on bit for bit, to OUT/checkpoint.pt. Raises RunError, nothing written, where a parameter is not finite."""
-        if not torch.stack(torch._foreach_norm([p.detach() for p in self.model.parameters()])).sum().isfinite():
+        """Everything needed to go on bit for bit, to OUT/checkpoint.pt. Raises RunError, nothing written, where a value is not finite."""
+        values = [*self.model.state_dict().values(), *(self.bank.state_dict().values() if self.bank is not None else [])]
+        if not torch.stack(torch._foreach_norm([v for v in values if v.is_floating_point()])).sum().isfinite():
             raise RunError(f"parameters are not finite after step {self.step} (lr {self.optimizer.param_groups[0]['lr']:.4g}); {ADVICE}")
         self.saved = (time.monotonic(), self.step)
         bank = {} if self.bank is None else self.bank.state_dict()
@@ -1151,6 +1175,7 @@ class Run:
                     self.seconds, began = self.seconds + time.monotonic() - began, time.monotonic()
                     self.save()
                 if stopping:
+                    meet()  # torchrun kills the rest of a job soon after one of it has ended, process 0 at its save too
                     say(f"stopped by {signal.Signals(stopping).name}; saved at step {self.step} of {self.steps}: the same command goes on from here")
                     raise SystemExit(128 + stopping)
             self.seconds += time.monotonic() - began
@@ -1187,12 +1212,17 @@ class Run:
             finite &= torch.stack(torch._foreach_norm([p.grad for p in self.model.parameters() if p.grad is not None])).sum().isfinite()
             self.log(skipped_steps=self.steps_per_epoch * ~finite)  # the log's mean over the epoch is then their number
         self.bad_steps = torch.where(finite, 0, self.bad_steps + 1)
+        self.worst = torch.maximum(self.worst, self.bad_steps)
         if self.device.type == "cpu" or self.step % 50 == 0:  # elsewhere the check waits for the device, so not at every step
-            if self.bad_steps >= (5 if fp16 else 1):
-                raise RunError(f"the loss is {loss.item()} at step {self.step} (lr {self.optimizer.param_groups[0]['lr']:.4g})"
-                               + (f", its gradient not finite in {self.bad_steps.item()} steps in a row" if fp16 else "") + f"; {ADVICE}")
+            self._stop_if_bad(f"the loss is {loss.item()} at step {self.step}")
         self.scaler.step(self.optimizer)
         self.scaler.update()
+
+    def _stop_if_bad(self, what: str) -> None:
+        fp16 = self.scaler.is_enabled()
+        if self.worst >= (5 if fp16 else 1):
+            raise RunError(f"{what} (lr {self.optimizer.param_groups[0]['lr']:.4g})"
+                           + (f", gradients were not finite in {self.worst.item()} steps in a row" if fp16 else "") + f"; {ADVICE}")
 
     @torch.no_grad()
     def log(self, **values: Tensor) -> None:
@@ -1202,7 +1232,8 @@ class Run:
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
 
     def _end_epoch(self) -> None:
-        means = {name: rounded((total / self.steps_per_epoch).tolist()) for name, total in self.sums.items()}
+        self._stop_if_bad(f"the loss was not finite in epoch {self.epoch}")
+        means = {name: rounded((value / self.steps_per_epoch).tolist()) for name, value in self.sums.items()}
         self.sums = {}
         line = {"epoch": self.epoch, "step": self.step, "lr": rounded(self.optimizer.param_groups[0]["lr"]), **means}
         if self.cfg.knn_every and (self.epoch % self.cfg.knn_every == 0 or self.epoch == self.cfg.epochs):

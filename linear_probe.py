@@ -359,8 +359,12 @@ def draw_figure(path: str, rows: list[dict]) -> None:
     for axis, x, y in zip(axes, ("training minutes", "training images", "parameters"), ("online kNN top-1, %", "probe top-1, %", "probe top-1, %")):
         axis.set(xlabel=x, ylabel=y)
         axis.grid(alpha=0.3)
-    axes[1].set_xscale("log"), axes[2].set_xscale("log")
-    axes[0].legend(fontsize=7)
+    for axis, key, unit in ((axes[1], "images", 1), (axes[2], "parameters", 1e6)):
+        values = sorted({row[key] for row in trained})
+        axis.set_xscale("log")
+        axis.minorticks_off()
+        axis.set_xticks(values, [f"{value / unit:,.0f}" + " M" * (unit > 1) for value in values])
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -396,6 +400,8 @@ def probe(cfg: Config) -> dict | None:
     if not 0 < cfg.fraction <= 1:
         raise UsageError(f"--fraction {cfg.fraction}: want a share above 0 and up to 1")
     common.join_processes()
+    if cfg.neighbours and world() > 1:
+        raise UsageError("--neighbours draws in one process: start it without torchrun")
     device = common.pick_device(cfg.device)
     if device.type == "cpu":
         common.keep_memory()
@@ -419,7 +425,7 @@ def probe(cfg: Config) -> dict | None:
     (train_x, train_y), (test_x, test_y) = (features(encoder, images, size, device, cfg.workers) for images in (train, test))
     if cfg.neighbours:
         train, test = (images.subset(torch.tensor([i for i in range(len(images)) if i not in images.broken])) for images in (train, test))
-        return draw_neighbours(cfg.neighbours, train, test, train_x, test_x) if rank() == 0 else None
+        return draw_neighbours(cfg.neighbours, train, test, train_x, test_x)
     metrics = {}
     if rank() == 0:  # the others wait at the SGD probe, which all share, or are done
         metrics = {"knn_top1": knn(train_x, train_y, test_x, test_y), "knn20_top1": knn(train_x, train_y, test_x, test_y, 20, 0.07),

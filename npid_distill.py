@@ -72,11 +72,11 @@ def instance_ce(logits: Tensor, positive: Tensor, weight: Tensor | None = None) 
     One label is NPID's loss; two with CutMix's shares are the mixed target -sum_l weight_l log p_l.
     """
     logp = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)
-    positive, weight = two_columns(positive, weight, logp)
+    positive, weight = as_columns(positive, weight, logp)
     return -(weight * logp.gather(1, positive)).sum(1).mean()
 
 
-def two_columns(positive: Tensor, weight: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+def as_columns(positive: Tensor, weight: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
     """positive as (B, L), and its weight, ones where none is given."""
     positive = positive if positive.ndim == 2 else positive[:, None]
     return positive, like.new_ones(()).expand(positive.shape) if weight is None else weight.to(like.dtype)
@@ -90,7 +90,7 @@ def dense_losses(z: Tensor, rows: Tensor, positive: Tensor, weight: Tensor | Non
     they count as absent.
     """
     with torch.autocast(z.device.type, enabled=False):
-        cosine = (z.to(rows.dtype) @ rows.T).to(torch.promote_types(rows.dtype, torch.float32))  # (B, K)
+        cosine = cosines(z, rows)                                                                # (B, K)
         if repeated is not None:
             cosine = cosine.masked_fill(repeated, -1e4)  # finite, so that 0 * log 0 stays 0
         ce = instance_ce(cosine / tau, positive, weight)
@@ -98,20 +98,26 @@ def dense_losses(z: Tensor, rows: Tensor, positive: Tensor, weight: Tensor | Non
         return ce, kl, F.softmax(cosine.detach() / tau, dim=1)
 
 
+def cosines(z: Tensor, rows: Tensor) -> Tensor:
+    """z (B, D) times rows (K, D): (B, K) in float32 or better, from a product in the type of rows."""
+    return (z.to(rows.dtype) @ rows.T).to(torch.promote_types(rows.dtype, torch.float32))
+
+
 class RowSums(torch.autograd.Function):
     """Sums over all rows (N, D) of what both terms need, block by block: z (B, D) -> (5, B). The backward pass computes each block again.
 
     With c = s cos, s = 1 / tau_kl, shifted by the largest possible cosine (1) so that no running maximum is needed:
-        sum e^((cos - 1) / tau),   sum e^(c - s),   sum c e^(c - s),   the same again without gradient through c,   sum e^(power (c - s))
+        sum e^((cos - 1) / tau),   sum e^(c - s),   sum c e^(c - s),   the same again with c held,   sum e^(power (c - s)), without gradient
+    product: type of the matrix products, None = that of rows.
     """
 
     @staticmethod
-    def forward(ctx, z: Tensor, rows: Tensor, tau: float, tau_kl: float, power: float, chunk: int) -> Tensor:
+    def forward(ctx, z: Tensor, rows: Tensor, tau: float, tau_kl: float, power: float, chunk: int, product: torch.dtype | None) -> Tensor:
         ctx.save_for_backward(z, rows)
-        ctx.tau, ctx.s, ctx.chunk = tau, 1 / tau_kl, chunk
+        ctx.tau, ctx.s, ctx.chunk, ctx.product = tau, 1 / tau_kl, chunk, product or rows.dtype
         sums = 0
         for block in rows.split(chunk):
-            cos = RowSums.cosine(z, block)                                                           # (B, chunk)
+            cos = cosines(z, block.to(ctx.product))                                                  # (B, chunk)
             c = ctx.s * cos
             e = torch.exp(c - ctx.s)
             ec = (e * c).sum(1)
@@ -119,35 +125,32 @@ class RowSums(torch.autograd.Function):
         return sums
 
     @staticmethod
-    def cosine(z: Tensor, block: Tensor) -> Tensor:
-        return (z.to(block.dtype) @ block.T).to(torch.promote_types(block.dtype, torch.float32))
-
-    @staticmethod
     def backward(ctx, gradient: Tensor):
         (z, rows), dz = ctx.saved_tensors, 0
         g = gradient[:, :, None]                                                                     # (5, B, 1)
         for block in rows.split(ctx.chunk):
-            cos = RowSums.cosine(z, block)
+            block = block.to(ctx.product)
+            cos = cosines(z, block)
             c = ctx.s * cos
             dcos = g[0] / ctx.tau * torch.exp((cos - 1) / ctx.tau) + ctx.s * torch.exp(c - ctx.s) * (g[1] + g[2] * (1 + c) + g[3] * c)
             dz = dz + (dcos.to(block.dtype) @ block).to(z.dtype)
-        return dz, None, None, None, None, None
+        return dz, None, None, None, None, None, None
 
 
 def chunked_losses(z: Tensor, rows: Tensor, positive: Tensor, weight: Tensor | None, tau: float, power: float, temper_kl: bool,
-                   chunk: int, total: Callable[[Tensor], Tensor] = lambda x: x) -> tuple[Tensor, Tensor, Tensor]:
+                   chunk: int, product: torch.dtype | None = None, total: Callable[[Tensor], Tensor] = lambda x: x) -> tuple[Tensor, Tensor, Tensor]:
     """dense_losses without a (B, N) tensor: cross-entropy, KL term and log of p's normaliser (B,), the same to rounding.
 
-    Both terms are functions of RowSums. tau from 0.02 up (ValueError below: the sums underflow). Where rows are one process's part of the
+    Both terms are functions of RowSums, product as there. tau from 0.02 up (ValueError below: the sums underflow). Where rows are one process's part of the
     bank, positive counts from their first, beyond either end for rows of others, and total sums over the processes with gradient.
     """
     if tau < 0.02:
         raise ValueError(f"tau {tau} is below 0.02: without a running maximum the sums underflow")
     tau_kl = tau if temper_kl else 1.0
     with torch.autocast(z.device.type, enabled=False):
-        z_ce, z_kl, ec, ec_fixed, z_u = total(RowSums.apply(z, rows, tau, tau_kl, power, chunk))
+        z_ce, z_kl, ec, ec_fixed, z_u = total(RowSums.apply(z, rows, tau, tau_kl, power, chunk, product))
         log_z = z_ce.log() + 1 / tau                                                                 # (B,)
-        positive, weight = two_columns(positive, weight, log_z)
+        positive, weight = as_columns(positive, weight, log_z)
         here = (positive >= 0) & (positive < len(rows))
         own = torch.einsum("bd,bld->bl", z.to(rows.dtype), rows[torch.where(here, positive, 0)]).to(log_z.dtype)  # (B, L)
         ce = (weight * (log_z[:, None] - total(own * here) / tau)).sum(1).mean()
@@ -170,7 +173,7 @@ def grad_update(rows: Tensor, z: Tensor, prob: Tensor, positive: Tensor, momentu
     the indicator replaced by the label's share; an image that stands in the batch twice contributes twice. The product is in the type
     of z, the sum in float32 or better.
     """
-    positive, weight = two_columns(positive, weight, prob)
+    positive, weight = as_columns(positive, weight, prob)
     share = prob.neg().scatter_add(1, positive, weight)                                # (B, K)
     exact = torch.promote_types(rows.dtype, torch.float32)
     return F.normalize(momentum * rows.to(exact) + (1 - momentum) * (share.to(z.dtype).T @ z).to(exact), dim=1).to(rows.dtype)
@@ -179,13 +182,15 @@ def grad_update(rows: Tensor, z: Tensor, prob: Tensor, positive: Tensor, momentu
 class MemoryBank(nn.Module):
     """One unit row per image. rows (size, dim), float32 or bf16; a buffer, so it moves with .to() and is in state_dict().
 
-    offset: number of the image that the first row stands for, where several processes each keep a part of the bank.
+    offset: number of the image that the first row stands for, where several processes each keep a part of the bank; generator: of the
+    random rows that it starts with.
     """
 
-    def __init__(self, size: int, dim: int, dtype: torch.dtype = torch.float32, momentum: float = 0.5, offset: int = 0):
+    def __init__(self, size: int, dim: int, dtype: torch.dtype = torch.float32, momentum: float = 0.5, offset: int = 0,
+                 generator: torch.Generator | None = None):
         super().__init__()
         self.momentum, self.offset = momentum, offset
-        self.register_buffer("rows", F.normalize(torch.randn(size, dim), dim=1).to(dtype))
+        self.register_buffer("rows", F.normalize(torch.randn(size, dim, generator=generator), dim=1).to(dtype))
 
     @torch.no_grad()
     def fill(self, index: Tensor, z: Tensor) -> None:
@@ -233,12 +238,13 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def update_in_chunks(self, index: Tensor, z: Tensor, log_z: Tensor, tau: float, chunk: int, weight: Tensor | None = None) -> None:
-        """update over the whole bank with p recomputed block by block from log_z (B,), so that nothing is larger than (B, chunk)."""
+        """update over the whole bank with p recomputed block by block from log_z (B,), so that nothing is larger than (B, chunk). Products are
+        in the type of z."""
         z = z.detach()
-        index, weight = two_columns(index - self.offset, weight, log_z)
+        index, weight = as_columns(index - self.offset, weight, log_z)
         for start in range(0, len(self.rows), chunk):
             block = self.rows[start:start + chunk]
-            prob = torch.exp((z.to(block.dtype) @ block.T).float() / tau - log_z[:, None])          # (B, chunk)
+            prob = torch.exp(cosines(z, block.to(z.dtype)) / tau - log_z[:, None])                  # (B, chunk)
             inside = (index >= start) & (index < start + len(block))
             column = torch.where(inside, index - start, 0)
             block.copy_(grad_update(block, z, prob, column, self.momentum, weight * inside))
@@ -292,7 +298,7 @@ def calibrate(bank: MemoryBank, model: nn.Module, run) -> None:
 
 def train(cfg) -> None:
     """One pretraining run, start to finish; cfg as common.parse(Config, ...) gives it."""
-    from common import BatchAugment, Run, UsageError, gather, rank, resnet, save_grid, total, world
+    from common import BatchAugment, Run, UsageError, gather, rank, resnet, save_grid, seeded, total, world
 
     if cfg.tau < 0.02:
         raise UsageError(f"--tau {cfg.tau}: want 0.02 or more")
@@ -304,8 +310,9 @@ def train(cfg) -> None:
     model = nn.Sequential(encoder, projector(encoder.dim, cfg.dim))
     parts = [len(run.images) * i // world() for i in range(world() + 1)] if cfg.shard_bank else [0, len(run.images)]
     first, end = parts[rank():rank() + 2] if cfg.shard_bank else parts
-    bank = MemoryBank(end - first, cfg.dim, {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.bank_dtype], cfg.bank_momentum, first)
-    share = total if cfg.shard_bank else nn.Identity()
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.bank_dtype]
+    bank = MemoryBank(end - first, cfg.dim, dtype, cfg.bank_momentum, first, seeded("bank", cfg.seed, first))
+    over_parts = total if cfg.shard_bank else nn.Identity()
     augment = BatchAugment(run.size).to(run.device)
     run.start(model, encoder, bank, sharded=cfg.shard_bank)
     if cfg.init == "forward" and run.step == 0 and not cfg.preview:
@@ -322,7 +329,7 @@ def train(cfg) -> None:
         index, partner, weight = gather(index), gather(partner + rank() * len(x)), gather(weight)
         labels = torch.stack([index, index[partner]], 1)                                # (B, 2)
         if whole:
-            ce, kl, log_z = chunked_losses(z, bank.rows, labels - bank.offset, weight, cfg.tau, cfg.power, cfg.temper_kl, cfg.chunk, share)
+            ce, kl, log_z = chunked_losses(z, bank.rows, labels - bank.offset, weight, cfg.tau, cfg.power, cfg.temper_kl, cfg.chunk, run.dtype, over_parts)
         else:
             columns, own, repeated = bank.in_play(index, cfg.negatives, run.generator("negatives", run.device))
             own = torch.stack([own, own[partner]], 1)                                   # (B, 2)
@@ -330,7 +337,8 @@ def train(cfg) -> None:
         loss = ce + cfg.lambda_kl * kl
         run.optimise(loss)
         if whole:  # with log_z infinite p is 0, and the update is NPID's
-            bank.update_in_chunks(labels, z, log_z if cfg.update == "grad" else torch.full_like(log_z, math.inf), cfg.tau, cfg.chunk, weight)
+            log_z = log_z if cfg.update == "grad" else torch.full_like(log_z, math.inf)
+            bank.update_in_chunks(labels, z.to(run.dtype), log_z, cfg.tau, cfg.chunk, weight)
         elif cfg.update == "ema":
             bank.update(labels, z, None, weight)
         else:

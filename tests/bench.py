@@ -5,6 +5,8 @@
     python tests/bench.py --batches 64,128,256,512,1024                                    # images/s over the batch size
     python tests/bench.py --banks 50000,200000,1280000 --dim 128                           # NPID's losses and update over the bank's size
     python tests/bench.py --peer "python their_step.py"                                    # its last line: images/s, as a number
+    python tests/bench.py --predict --arch resnet18 --stem cifar --batch 512                # launches, bytes and FLOPs of a step, and from these
+                                                                                           # a predicted time on two GPUs: no measurement
     python tests/bench.py --photos DIR --arch resnet50 --batch 32                          # decode, cache, transfer, augment, network
 
 step: median time of the real training loop's step, all that train() does between two updates included, on resident images.
@@ -75,6 +77,77 @@ def count_operators(function) -> tuple[int, int]:
     with torch.no_grad(), _Operators() as counted:
         function()
     return sum(counted.names.values()), counted.bytes
+
+
+def npid_step(bank: npid_distill.MemoryBank, update: str, negatives: int, z, index, partner, weight):
+    """The losses and the bank's update of one step, as npid_distill.train has them."""
+    columns, own, repeated = bank.in_play(index, negatives)
+    own = torch.stack([own, own[partner]], 1)
+    ce, kl, prob = npid_distill.dense_losses(z, bank.rows[columns], own, weight, repeated, 0.2, 0.5, False)
+    if update == "grad":
+        bank.update(index, z, prob, weight, columns, own)
+    else:
+        bank.update(torch.stack([index, index[partner]], 1), z, None, weight)
+    return ce + 20 * kl
+
+
+# Published peaks: dense bf16 FLOP/s, bytes/s of memory (NVIDIA data sheets, SXM). Assumed: convolutions at 40 % of the peak, the rest at 70 % of
+# the bandwidth, 4 microseconds a launch where that is longer.
+GPUS = {"A100": (312e12, 2.0e12), "H100": (989e12, 3.35e12)}
+
+
+def predict(name: str, arch: str, stem: str, batch: int, size: int, dim: int) -> dict:
+    """Launches and bytes of a step outside the network, the network's FLOPs, and from these a predicted step time. Forward passes are
+    counted; backward passes are taken as twice the forward's FLOPs and, for the losses, bytes and launches."""
+    import aug_study
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    script, flags = METHODS[name]
+    method = aug_study.METHODS.get(name)
+    augmentation = aug_study.AUGMENTATIONS[method.aug if script == "aug_study" else "simclr"]
+    views = 1 if script == "npid_distill" else 2
+    images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
+    first, second, local = (common.BatchAugment(s, **options) for s, options in
+                            ((size, augmentation.first), (size, augmentation.second), (aug_study.local_size(size), augmentation.local)))
+
+    def augment():
+        if augmentation.first == augmentation.second or views == 1:
+            first(images, views=views)
+        else:
+            first(images), second(images)
+        if augmentation.locals:
+            local(images, views=augmentation.locals)
+
+    if script == "npid_distill":
+        bank = npid_distill.MemoryBank(50_000, dim)
+        z, index, partner = F.normalize(torch.randn(batch, dim), dim=1), torch.randperm(50_000)[:batch], torch.randperm(batch)
+        loss = functools.partial(npid_step, bank, "ema" if "ema" in name else "grad", 10_000, z, index, partner, torch.full((batch, 2), 0.5))
+        pairs, product = 1, 3 * 2 * batch * dim * (10_000 + batch)
+    else:
+        width = 2048 if name in ("simsiam", "barlow", "vicreg", "dino") else 512 if name == "swav" else 256 if name == "byol" else 128
+        z1, z2, queue = torch.randn(batch, width), torch.randn(batch, width), torch.randn(4096, width)
+        pairs, product = {"moco": 1}.get(name, 2 + 2 * augmentation.locals), 0
+        loss = (lambda: method.loss(z1, z2, queue[:1] if name == "dino" else queue)) if method else (lambda: aug_study.nt_xent(z1, z2))
+        pairs = 1 if name.startswith("simclr") else pairs
+    with FakeTensorMode(), FlopCounterMode(display=False) as flops:
+        encoder = common.resnet(arch, stem)
+        encoder(torch.randn(batch, 3, size, size))
+        one_view = flops.get_total_flops()
+        if augmentation.locals:
+            encoder(torch.randn(batch, 3, aug_study.local_size(size), aug_study.local_size(size)))
+        small = flops.get_total_flops() - one_view
+    momentum = name == "moco" or (method is not None and method.momentum > 0)
+    network = 3 * (views * one_view + augmentation.locals * small) + (views * one_view if momentum else 0)
+    network -= 3 * one_view + one_view if name == "moco" else 0  # one query view, one key view
+    (launches, moved), (loss_launches, loss_moved) = count_operators(augment), count_operators(loss)
+    row = {"method": name, "batch": batch, "augmentation launches": launches, "GB": round(moved / 1e9, 2), "loss launches": pairs * loss_launches,
+           "loss GB": round(pairs * loss_moved / 1e9, 2), "network TFLOP": round(network / 1e12, 2)}
+    for gpu, (peak, bandwidth) in GPUS.items():
+        outside = [max(n * 4e-6, size_ / (0.7 * bandwidth)) for n, size_ in ((launches, moved), (3 * pairs * loss_launches, 3 * pairs * loss_moved))]
+        step = (network + product) / (0.4 * peak) + sum(outside)
+        row |= {f"{gpu} ms, predicted": round(1e3 * step, 1), f"{gpu} outside %": round(100 * sum(outside) / step, 1)}
+    return row
 
 
 # ------------------------------------------------------------------------------------------- steps
@@ -319,6 +392,7 @@ def main() -> None:
         parser.add_argument(f"--{flag}", default=default)
     for flag, default in {"batch": 256, "steps": 10, "dim": 128, "size": 0}.items():
         parser.add_argument(f"--{flag}", type=int, default=default)
+    parser.add_argument("--predict", action="store_true")
     args = parser.parse_args()
     device = common.pick_device(args.device)
     flags = lambda batch: ["--dataset", args.dataset, "--data", args.data, "--arch", args.arch, "--stem", args.stem, "--device", args.device, "--amp", args.amp,  # noqa: E731
@@ -336,6 +410,11 @@ def main() -> None:
     if args.photos:
         for row in bench_data(args.photos, args.arch, args.batch, args.size or 224, device):
             take(row)
+    elif args.predict:
+        rows = [predict(name, args.arch, args.stem, args.batch, args.size or 32, args.dim) for name in names]
+        if args.out:
+            for row in rows:
+                common.append_line(pathlib.Path(args.out), json.dumps(row | {"command": shlex.join(["python", *sys.argv])}))
     elif args.banks:
         for n in map(int, args.banks.split(",")):
             for negatives in (10_000, 0):
@@ -349,7 +428,7 @@ def main() -> None:
         take({"method": f"peer: {args.peer}", "images_per_s": float(done.stdout.split()[-1])})
     head = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in ("device", "torch")]
     print("\n".join(markdown(head, [[row.get(key, "") for key in head] for row in rows])))
-    print(f"\n{rows[0].get('device', '')}, torch {torch.__version__}")
+    print(f"\n{rows[0].get('device', 'predicted, not measured')}, torch {torch.__version__}")
 
 
 if __name__ == "__main__":

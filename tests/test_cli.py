@@ -37,19 +37,23 @@ def fails(status, words, *args, **options):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_wrong_usage_is_one_line_and_status_2(script, tmp_path):
-    out = tmp_path / "out"
+def test_wrong_usage_is_one_line_and_status_2(script, tmp_path, capsys):
+    out, module = tmp_path / "out", importlib.import_module(script.removesuffix(".py"))
     for words, flags in {
         "invalid choice: 'mnist'": ["--dataset", "mnist"],
-        "not a folder.*--data": ["--dataset", "imagenet1k", "--data", tmp_path / "nowhere"],
-        "--batch 64 is larger than the 48": ["--batch", "64"],
+        "not a folder.*--data": ["--dataset", "imagenet1k", "--data", str(tmp_path / "nowhere")],
         "--device cuda:7": ["--device", "cuda:7"],
         "unrecognized arguments: --epoch": ["--epoch", "3"],
         "--lr nan": ["--lr", "nan"],
         "--batch 1: want 2": ["--batch", "1"],
+        "--size 3: want 0 or 8": ["--size", "3"],
         "--save-every 5": ["--save-every", "5"],
     }.items():
-        fails(2, words, script, *TINY, *flags, "--out", out)
+        with pytest.raises(SystemExit) as end, common.one_line_errors():
+            module.train(common.parse(module.Config, "", [*TINY, *flags, "--out", str(out)]))
+        errors = capsys.readouterr().err
+        assert end.value.code == 2 and re.search(words, errors), (end.value.code, errors)
+    fails(2, "--batch 64 is larger than the 48", script, *TINY, "--batch", "64", "--out", out)  # and so for who types it
     assert not out.exists()
 
 

@@ -10,7 +10,7 @@ import aug_study
 import bassl
 import common
 import npid_distill
-from bench import count_operators
+from bench import count_operators, npid_step
 
 AUGMENT_LIMIT, LOSS_LIMIT, NPID_LIMIT = 150, 25, 60  # launches of a forward pass at batch 512 and 32 px; a plain augmentation needs 280
 
@@ -53,26 +53,14 @@ def assert_compiles_once(function, arguments):
     assert len(graphs) == 1
 
 
-def npid_step(bank, update, z, index, partner, weight, generator=None):
-    """The losses and the bank's update of one step, as npid_distill.train has them."""
-    columns, own, repeated = bank.in_play(index, 10_000, generator)
-    own = torch.stack([own, own[partner]], 1)
-    ce, kl, prob = npid_distill.dense_losses(z, bank.rows[columns], own, weight, repeated, 0.2, 0.5, False)
-    if update == "grad":
-        bank.update(index, z, prob, weight, columns, own)
-    else:
-        bank.update(torch.stack([index, index[partner]], 1), z, None, weight)
-    return ce + 20 * kl
-
-
 @pytest.mark.parametrize("update", ["grad", "ema"])
 def test_npids_losses_and_update_take_few_launches_and_compile_whole_and_once(update):
     bank = npid_distill.MemoryBank(20_000, 64)
     steps = [(F.normalize(torch.randn(512, 64), dim=1), torch.randperm(20_000)[:512], torch.randperm(512), torch.full((512, 2), 0.5)) for _ in range(3)]
-    assert count_operators(lambda: npid_step(bank, update, *steps[0]))[0] <= NPID_LIMIT
+    assert count_operators(lambda: npid_step(bank, update, 10_000, *steps[0]))[0] <= NPID_LIMIT
     torch._dynamo.reset()
     graphs = []
-    compiled = torch.compile(lambda *step: npid_step(bank, update, *step), fullgraph=True,
+    compiled = torch.compile(lambda *step: npid_step(bank, update, 10_000, *step), fullgraph=True,
                              backend=lambda module, _: graphs.append(module) or module.forward)
     for step in steps:
         assert compiled(*step).isfinite()
