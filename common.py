@@ -1307,7 +1307,7 @@ def parse_interval(text: str) -> tuple[float, float]:
 
 
 def append_line(path: pathlib.Path, line: str) -> None:
-    """Add a line to a log or to result rows, safe on the disk before anything that relies on it. Raises RunError where it cannot be."""
+    """Add a line to a log, safe on the disk before anything that relies on it. Raises RunError where it cannot be written."""
     try:
         with open(path, "a") as file:
             file.write(line + "\n")
@@ -1318,10 +1318,17 @@ def append_line(path: pathlib.Path, line: str) -> None:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Replace a small text file in one step."""
+    """Replace a small text file in one step: a crash leaves the old one or the new one. Raises RunError where it cannot be written."""
     new = path.with_name(path.name + ".tmp")
-    new.write_text(text)
-    os.replace(new, path)
+    try:
+        with open(new, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise RunError(f"could not write {path} ({error.strerror})") from None
 
 
 def duration(seconds: float) -> str:

@@ -445,8 +445,9 @@ def probe(cfg: Config) -> dict | None:
            "probe_command": command}
     out = pathlib.Path(cfg.out or (f"runs/{cfg.dataset}/random" if cfg.random else pathlib.Path(cfg.backbone).parent))
     out.mkdir(parents=True, exist_ok=True)
-    common.append_line(out / "results.jsonl", json.dumps(row))
-    print(f"{row['method']} {row['variant']} on {cfg.dataset}: " + ", ".join(f"{n} {row[n]:.2f}" for n in METRICS if n in row) + f" -> {out / 'results.jsonl'}")
+    results = out / "results.jsonl"
+    common.write_text(results, (results.read_text() if results.exists() else "") + json.dumps(row) + "\n")
+    print(f"{row['method']} {row['variant']} on {cfg.dataset}: " + ", ".join(f"{n} {row[n]:.2f}" for n in METRICS if n in row) + f" -> {results}")
     return row
 
 

@@ -20,6 +20,7 @@ import linear_probe
 import npid_distill
 import aug_study
 from conftest import ROOT, TINY, assert_same, read_log, run_script
+from killed import Torn
 
 PHASES = ["step", "serialise", "write", "fsync", "rename"]
 KILLED = {
@@ -137,6 +138,30 @@ def test_a_cached_set_too_large_for_memory_is_read_from_the_map(tmp_path, monkey
     streamed = next(plain.batches(order, torch.device("cpu")))[0]
     mapped = next(common.load_images("folder", str(data), "train", 8, cache=str(tmp_path / "cache")).batches(order, torch.device("cpu")))[0]
     assert want.pixels.shape[1:] == (3, 8, 8) and torch.equal(streamed[:2], mapped[:2])
+
+
+@pytest.mark.parametrize("phase", ["write", "fsync", "rename"])
+def test_a_probe_that_is_killed_while_it_writes_leaves_whole_rows(phase, tmp_path, monkeypatch):
+    class Died(BaseException):
+        pass
+
+    def dies(*_):
+        raise Died
+
+    monkeypatch.setattr(linear_probe, "features", lambda encoder, images, *_: (images.pixels.flatten(1)[:, :8].float(), images.labels))
+    monkeypatch.setattr(linear_probe, "quick_probe", lambda *_: 50.0)
+    probe = lambda: linear_probe.main(["--random", "--arch", "resnet10", "--size", "16", "--epochs", "0", "--out", str(tmp_path)])  # noqa: E731
+    probe()
+    row = (tmp_path / "results.jsonl").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "open", lambda *args: Torn(open(*args), dies), raising=False) if phase == "write" else \
+            patch.setattr(os, {"fsync": "fsync", "rename": "replace"}[phase], dies)
+        with pytest.raises(Died):
+            probe()
+    assert (tmp_path / "results.jsonl").read_text() == row
+    probe()
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and all(rows[0][key] == rows[1][key] for key in ("knn_top1", "knn20_top1", "probe_top1", "seed"))
 
 
 class Evil:
