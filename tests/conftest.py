@@ -16,7 +16,7 @@ import common  # noqa: E402
 
 common.draw_shapes = functools.cache(common.draw_shapes)  # runs inside this process share the pixels, which nothing writes to
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))  # one where two halves of the suite run side by side
 
 # Seconds on a CPU: 48 images of shapes at 16 pixels.
 TINY = ["--dataset", "shapes", "--arch", "resnet10", "--stem", "imagenet", "--size", "16", "--limit", "48", "--batch", "16", "--epochs", "2", "--device", "cpu"]
