@@ -349,6 +349,7 @@ def bench_data(folder: str, arch: str, batch: int, size: int, device: torch.devi
         count = sum(len(x) for x, _ in source.batches(order, cpu, workers))
         return count, time.perf_counter() - began
 
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     row("decode, one core", *read(images))
     row("decode, two workers", *read(images, 2))
@@ -358,7 +359,7 @@ def bench_data(folder: str, arch: str, batch: int, size: int, device: torch.devi
         row("decode and write the cache, one core", len(mapped), time.perf_counter() - began)
         row("read the cache, one core", *read(mapped))
         x = torch.stack([mapped[i % len(mapped)] for i in range(batch)])
-    torch.set_num_threads(torch.get_num_interop_threads())
+    torch.set_num_threads(threads)
 
     def stage(name, function, repeat=3):
         function()
