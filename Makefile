@@ -86,7 +86,7 @@ setup: $(ENV)
 test: $(ENV)
 	+@$(PAIRED) -O test-1 test-2
 TESTS := $(wildcard tests/test_*.py)
-FIRST := tests/test_cli.py tests/test_bassl.py tests/test_speed.py
+FIRST := $(patsubst %,tests/test_%.py,cli bassl speed linear_probe data npid_distill)
 test-1:
 	$(PYTHON) -m pytest -q $(FIRST)
 test-2:

@@ -417,13 +417,14 @@ def decode(path: str, size: int) -> Tensor:
 
 
 def list_images(root: pathlib.Path) -> list[str]:
-    """Image files below root, nested, sorted; hidden ones are ignored, and folders that links lead to a second time."""
+    """Image files below root, nested, sorted; hidden ones are ignored, and folders that links lead back up or a second time to."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     found, seen = [], {os.path.realpath(root)}
     for folder, names, files in os.walk(root, followlinks=True):
         places = {name: os.path.realpath(os.path.join(folder, name)) for name in sorted(names) if not name.startswith(".")}
-        names[:] = [name for name, place in places.items() if place not in seen and not seen.add(place)]
+        above = os.path.realpath(folder) + os.sep
+        names[:] = [name for name, place in places.items() if not above.startswith(place + os.sep) and place not in seen and not seen.add(place)]
         found += [os.path.join(folder, file) for file in files if file.lower().endswith(IMG_EXTENSIONS) and not file.startswith(".")]
     return sorted(found)
 

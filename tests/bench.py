@@ -3,7 +3,8 @@
     python tests/bench.py --arch resnet10 --stem imagenet --batch 256                       # every method: step, floor, ratio, split
     python tests/bench.py --methods npid --npid "--dim 512 --negatives 4096" --steps 10
     python tests/bench.py --batches 64,128,256,512,1024                                    # images/s over the batch size
-    python tests/bench.py --banks 50000,200000,1280000 --dim 128                           # NPID's losses and update over the bank's size
+    python tests/bench.py --banks 50000,200000,1280000 --dim 128                           # NPID's losses and update over the bank's size;
+                                                                                           # for memory on a CPU one bank and --negatives a call
     python tests/bench.py --peer "python their_step.py"                                    # its last line: images/s, as a number
     python tests/bench.py --predict --arch resnet18 --stem cifar --batch 512                # launches, bytes and FLOPs of a step, and from these
                                                                                            # a predicted time on two GPUs: no measurement
@@ -389,7 +390,7 @@ def bench_data(folder: str, arch: str, batch: int, size: int, device: torch.devi
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag, default in {"methods": ",".join(METHODS).replace("npid, ema", "npid; ema"), "arch": "resnet10", "stem": "imagenet", "device": "auto", "amp": "auto", "npid": "--dim 512",
-                          "batches": "", "banks": "", "peer": "", "photos": "", "out": "", "dataset": "shapes", "data": "data"}.items():
+                          "batches": "", "banks": "", "negatives": "10000,0", "peer": "", "photos": "", "out": "", "dataset": "shapes", "data": "data"}.items():
         parser.add_argument(f"--{flag}", default=default)
     for flag, default in {"batch": 256, "steps": 10, "dim": 128, "size": 0}.items():
         parser.add_argument(f"--{flag}", type=int, default=default)
@@ -418,7 +419,7 @@ def main() -> None:
                 common.append_line(pathlib.Path(args.out), json.dumps(row | {"command": shlex.join(["python", *sys.argv])}))
     elif args.banks:
         for n in map(int, args.banks.split(",")):
-            for negatives in (10_000, 0):
+            for negatives in map(int, args.negatives.split(",")):
                 take(bench_bank(n, args.dim, args.batch, negatives, args.steps, device))
     else:
         for batch in map(int, (args.batches or str(args.batch)).split(",")):
