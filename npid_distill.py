@@ -14,7 +14,7 @@ The two softmaxes differ: the cross-entropy divides cosines by tau, the KL term 
 What the official code does and this file does not: fill the bank in train mode with the last batch dropped (rows of zeros), leave the
 bank out of the checkpoint, keep a bank of its own per process, log a loss without the KL term.
 
-Memory, measured (float32, B 512, CPU; `make bench BENCH="--banks ..."`, results/bench-banks.jsonl): on top of a bank of 50,000 x 2048
+Memory, measured (float32, B 512, CPU; `make bench BENCH="--banks ..."`, results/bench/banks.jsonl): on top of a bank of 50,000 x 2048
 (410 MB) the losses, their gradient and the update take 616 MB with 10,000 sampled rows and 383 MB with --negatives 0; on top of one of
 1.28 million x 128 (655 MB), 355 MB with --negatives 0, where nothing larger than (B, --chunk) is made. --bank-dtype bf16 halves the bank.
 Shapes: B batch, N images, D embedding, K rows in play, L labels per sample (2 under CutMix).
