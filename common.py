@@ -334,7 +334,8 @@ def draw_shapes(n: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
 
 class ImageSet(torch.utils.data.Dataset):
     """Images of one split: labels (N,) int64, -1 where there is no class; classes, their names; and their pixels, (3, H, H) uint8 each:
-    `pixels` (N, 3, H, H) in memory, or else `files`, decoded by the workers of batches(), or row numbers of `store`, the arguments of a map on disk that each worker opens for itself."""
+    `pixels` (N, 3, H, H) in memory, or else `files`, which the workers of batches() decode: paths, or row numbers of `store`, the arguments
+    of a map on disk that each worker opens for itself."""
 
     def __init__(self, labels: Tensor, classes: list[str], pixels: Tensor | None = None, files: list | None = None, size: int = 0, store=None):
         self.labels, self.classes, self.pixels, self.files, self.size, self.store = labels, classes, pixels, files, size, store
@@ -1115,18 +1116,17 @@ class Run:
 
     def save(self) -> None:
         """Everything needed to go on bit for bit, to OUT/checkpoint.pt. Raises RunError, nothing written, where a value is not finite."""
-        values = [*self.model.state_dict().values(), *(self.bank.state_dict().values() if self.bank is not None else [])]
-        if not torch.stack(torch._foreach_norm([v for v in values if v.is_floating_point()])).sum().isfinite():
+        model, bank = self.model.state_dict(), {} if self.bank is None else self.bank.state_dict()
+        if not torch.stack(torch._foreach_norm([v for v in (*model.values(), *bank.values()) if v.is_floating_point()])).sum().isfinite():
             raise RunError(f"parameters are not finite after step {self.step} (lr {self.optimizer.param_groups[0]['lr']:.4g}); {ADVICE}")
         self.saved = (time.monotonic(), self.step)
-        bank = {} if self.bank is None else self.bank.state_dict()
         if self.sharded:
             bank["rows"] = collect(bank["rows"])
         if rank():
             return
         write_checkpoint(self.out / "checkpoint.pt", {
             "method": self.method, "arch": self.cfg.arch, "stem": self.stem, "epoch": self.epoch, "step": self.step, "config": vars(self.cfg),
-            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+            "model": model, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
             "bank": bank,
             "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None},
             "sums": self.sums, "seconds": self.seconds, "bad_steps": self.bad_steps})

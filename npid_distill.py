@@ -141,8 +141,9 @@ def chunked_losses(z: Tensor, rows: Tensor, positive: Tensor, weight: Tensor | N
                    chunk: int, product: torch.dtype | None = None, total: Callable[[Tensor], Tensor] = lambda x: x) -> tuple[Tensor, Tensor, Tensor]:
     """dense_losses without a (B, N) tensor: cross-entropy, KL term and log of p's normaliser (B,), the same to rounding.
 
-    Both terms are functions of RowSums, product as there. tau from 0.02 up (ValueError below: the sums underflow). Where rows are one process's part of the
-    bank, positive counts from their first, beyond either end for rows of others, and total sums over the processes with gradient.
+    Both terms are functions of RowSums, product as there. tau from 0.02 up (ValueError below: the sums underflow). Where rows are one
+    process's part of the bank, positive counts from their first, beyond either end for rows of others, and total sums over the processes
+    with gradient.
     """
     if tau < 0.02:
         raise ValueError(f"tau {tau} is below 0.02: without a running maximum the sums underflow")
@@ -308,8 +309,8 @@ def train(cfg) -> None:
         raise UsageError("--shard-bank needs the whole bank as negatives: --negatives 0")
     encoder = resnet(cfg.arch, run.stem)
     model = nn.Sequential(encoder, projector(encoder.dim, cfg.dim))
-    parts = [len(run.images) * i // world() for i in range(world() + 1)] if cfg.shard_bank else [0, len(run.images)]
-    first, end = parts[rank():rank() + 2] if cfg.shard_bank else parts
+    part, parts = (rank(), world()) if cfg.shard_bank else (0, 1)
+    first, end = len(run.images) * part // parts, len(run.images) * (part + 1) // parts
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.bank_dtype]
     bank = MemoryBank(end - first, cfg.dim, dtype, cfg.bank_momentum, first, seeded("bank", cfg.seed, first))
     over_parts = total if cfg.shard_bank else nn.Identity()

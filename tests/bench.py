@@ -43,7 +43,7 @@ from linear_probe import markdown  # noqa: E402
 # name -> script and flags
 METHODS = {
     "simclr": ("bassl", ["--layers", "0"]), "simclr + fusion": ("bassl", []), "moco": ("bassl", ["--layers", "0", "--framework", "moco"]),
-    "npid": ("npid_distill", []), "npid, ema": ("npid_distill", ["--update", "ema"]),
+    "npid": ("npid_distill", []), "npid ema": ("npid_distill", ["--update", "ema"]),
     "byol": ("aug_study", ["--methods", "byol"]), "simsiam": ("aug_study", ["--methods", "simsiam"]), "barlow": ("aug_study", ["--methods", "barlow"]),
     "vicreg": ("aug_study", ["--methods", "vicreg"]), "swav": ("aug_study", ["--methods", "swav"]), "dino": ("aug_study", ["--methods", "dino"]),
 }
@@ -389,7 +389,7 @@ def bench_data(folder: str, arch: str, batch: int, size: int, device: torch.devi
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for flag, default in {"methods": ",".join(METHODS).replace("npid, ema", "npid; ema"), "arch": "resnet10", "stem": "imagenet", "device": "auto", "amp": "auto", "npid": "--dim 512",
+    for flag, default in {"methods": ",".join(METHODS), "arch": "resnet10", "stem": "imagenet", "device": "auto", "amp": "auto", "npid": "--dim 512",
                           "batches": "", "banks": "", "negatives": "10000,0", "peer": "", "photos": "", "out": "", "dataset": "shapes", "data": "data"}.items():
         parser.add_argument(f"--{flag}", default=default)
     for flag, default in {"batch": 256, "steps": 10, "dim": 128, "size": 0}.items():
@@ -399,13 +399,14 @@ def main() -> None:
     device = common.pick_device(args.device)
     flags = lambda batch: ["--dataset", args.dataset, "--data", args.data, "--arch", args.arch, "--stem", args.stem, "--device", args.device, "--amp", args.amp,  # noqa: E731
                            "--batch", str(batch), *(["--size", str(args.size)] if args.size else [])]
-    names = [name.replace("; ", ", ") for name in args.methods.split(",")]
+    names = args.methods.split(",")
     own = lambda name: shlex.split(args.npid) if name.startswith("npid") else []  # noqa: E731
     rows = []
 
     def take(row):
         rows.append(row)
-        print(f"{row.get('method') or row.get('stage') or row.get('bank rows')}: {row['images_per_s']} images/s", file=sys.stderr, flush=True)
+        if "images_per_s" in row:
+            print(f"{row.get('method') or row.get('stage') or row.get('bank rows')}: {row['images_per_s']} images/s", file=sys.stderr, flush=True)
         if args.out:
             common.append_line(pathlib.Path(args.out), json.dumps(row | {"command": shlex.join(["python", *sys.argv])}))
 
@@ -413,10 +414,8 @@ def main() -> None:
         for row in bench_data(args.photos, args.arch, args.batch, args.size or 224, device):
             take(row)
     elif args.predict:
-        rows = [predict(name, args.arch, args.stem, args.batch, args.size or 32, args.dim) for name in names]
-        if args.out:
-            for row in rows:
-                common.append_line(pathlib.Path(args.out), json.dumps(row | {"command": shlex.join(["python", *sys.argv])}))
+        for name in names:
+            take(predict(name, args.arch, args.stem, args.batch, args.size or 32, args.dim))
     elif args.banks:
         for n in map(int, args.banks.split(",")):
             for negatives in map(int, args.negatives.split(",")):

@@ -41,11 +41,16 @@ def test_a_loss_of_two_views_takes_few_launches_and_compiles_whole_and_once(name
     assert_compiles_once(loss, [tuple(pair) for pair in pairs])
 
 
-def assert_compiles_once(function, arguments):
-    """Without a graph break, and without another graph for the second and third step."""
+def compiled_whole(function):
+    """The function compiled without a graph break, and the list of the graphs that its calls have made."""
     torch._dynamo.reset()
     graphs = []
-    compiled = torch.compile(function, fullgraph=True, backend=lambda module, _: graphs.append(module) or module.forward)
+    return torch.compile(function, fullgraph=True, backend=lambda module, _: graphs.append(module) or module.forward), graphs
+
+
+def assert_compiles_once(function, arguments):
+    """Without a graph break, and without another graph for the second and third step."""
+    compiled, graphs = compiled_whole(function)
     for args in arguments:
         got = compiled(*args)
         if isinstance(got, torch.Tensor):
@@ -58,10 +63,7 @@ def test_npids_losses_and_update_take_few_launches_and_compile_whole_and_once(up
     bank = npid_distill.MemoryBank(20_000, 64)
     steps = [(F.normalize(torch.randn(512, 64), dim=1), torch.randperm(20_000)[:512], torch.randperm(512), torch.full((512, 2), 0.5)) for _ in range(3)]
     assert count_operators(lambda: npid_step(bank, update, 10_000, *steps[0]))[0] <= NPID_LIMIT
-    torch._dynamo.reset()
-    graphs = []
-    compiled = torch.compile(lambda *step: npid_step(bank, update, 10_000, *step), fullgraph=True,
-                             backend=lambda module, _: graphs.append(module) or module.forward)
+    compiled, graphs = compiled_whole(lambda *step: npid_step(bank, update, 10_000, *step))
     for step in steps:
         assert compiled(*step).isfinite()
     assert len(graphs) == 1
@@ -78,9 +80,7 @@ def test_augmentation_and_network_compile_whole_and_once():
 @pytest.mark.parametrize("name", aug_study.METHODS)
 def test_the_step_of_a_method_compiles_whole_and_once(name):
     model = aug_study.Template(common.resnet("resnet10", "imagenet"), aug_study.METHODS[name])
-    torch._dynamo.reset()
-    graphs = []
-    step = torch.compile(lambda x: (model(x), model.keys)[0], fullgraph=True, backend=lambda module, _: graphs.append(module) or module.forward)
+    step, graphs = compiled_whole(lambda x: (model(x), model.keys)[0])
     for x in torch.randn(3, 8, 3, 32, 32):
         assert step(x).isfinite()
         model.after_step(0.5)
