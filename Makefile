@@ -14,6 +14,15 @@ endif
 ifneq ($(NAMED),)
 DATASET := $(NAMED)
 endif
+# The papers' recipes beside CIFAR: ResNet-18 at 64 px, ResNet-50 at 224, batch 256. (--size and the stem follow from the data set.)
+ifneq ($(filter tinyimagenet imagenet100 imagenet1k,$(NAMED)),)
+ARCH   ?= $(if $(filter tinyimagenet,$(NAMED)),resnet18,resnet50)
+BATCH  ?= 256
+endif
+# A bank of 1.28 million rows: NPID's own width there (Wu et al. 2018), 0.7 GB in place of 10.5.
+ifneq ($(filter imagenet1k,$(NAMED)),)
+NPID   ?= --dim 128
+endif
 # The demo and the studies default to a budget of minutes on two CPU cores. NPID wants epochs more than images, and its official SGD;
 # 5120 is a multiple of every batch size of `make batches`, so that all of them see the same images.
 ifneq ($(filter demo,$(MAKECMDGOALS)),)
@@ -23,13 +32,16 @@ ifneq ($(filter npid-ablation,$(MAKECMDGOALS)),)
 EPOCHS ?= 60
 LIMIT  ?= 1000
 endif
-# The study compares: each method at its published learning rate, a few hundred steps, two seeds.
+# The study compares: each method at its published learning rate, two seeds; LARGER= leaves the larger backbone out.
 ifneq ($(filter study study-%,$(MAKECMDGOALS)),)
-EPOCHS ?= 4
+EPOCHS ?= 3
 LIMIT  ?= 2560
 ARGS   ?=
 endif
-STUDY ?= --methods simclr,moco,byol,barlow --augs simclr,byol,multicrop --switch-methods simclr,byol --seeds 0,1 --knn-every 0 --probe-fraction 0.2
+LARGER ?= resnet18
+comma  := ,
+STUDY  ?= --methods simclr,moco,byol,barlow --augs simclr,byol,multicrop --switch-methods simclr,byol --archs $(ARCH)$(if $(LARGER),$(comma)$(LARGER)) \
+          --seeds 0,1 --knn-every 0 --probe-fraction 0.2
 ifneq ($(filter demo study study-% control layers batches npid-ablation efficiency,$(MAKECMDGOALS)),)
 ARCH   ?= resnet10
 STEM   ?= imagenet
@@ -54,7 +66,7 @@ sum = $(shell echo '$(1)' | cksum | cut -d' ' -f1)
 N  := $(if $(NPID),-$(call sum,$(NPID)))
 P  := probe$(if $(PROBE),-$(call sum,$(PROBE)))
 OUT ?= runs/$(DATASET)$(TAG)
-export CONTROL_GATE DATASET DATA ARCH STEM EPOCHS LIMIT BATCH SEED SIZE CACHE DEVICE ARGS NPID PROBE STUDY OUT PYTHON
+export CONTROL_GATE DATASET DATA ARCH STEM EPOCHS LIMIT BATCH SEED SIZE CACHE DEVICE ARGS NPID PROBE STUDY LARGER OUT PYTHON
 ENV := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/installed)
 # Two runs side by side, each on half of the cores, finish sooner than one after the other on all of them. (make efficiency takes times
 # that count, so it runs one at a time.)

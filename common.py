@@ -672,14 +672,16 @@ class BatchAugment(nn.Module):
 
     size: pixels of a view. scale: share of the area that a crop keeps. flip, jitter_p, gray_p, blur_p, solarize_p: probabilities per
     sample. jitter: strengths of brightness, contrast, saturation, hue, applied in an order drawn once per call. The defaults are
-    SimCLR's for CIFAR (Chen et al. 2020, B.9: strength 0.5, no blur). blur uses a kernel of a tenth of the view.
+    SimCLR's for CIFAR (Chen et al. 2020, B.9: strength 0.5, no blur) up to 64 pixels, and MoCo v2's above: the same with blur at 0.5,
+    which is what blur_p None means. blur uses a kernel of a tenth of the view.
     """
 
     def __init__(self, size: int, scale: tuple = (0.2, 1.0), flip: float = 0.5, jitter: tuple = (0.4, 0.4, 0.4, 0.1), jitter_p: float = 0.8,
-                 gray_p: float = 0.2, blur_p: float = 0.0, blur_sigma: tuple = (0.1, 2.0), solarize_p: float = 0.0):
+                 gray_p: float = 0.2, blur_p: float | None = None, blur_sigma: tuple = (0.1, 2.0), solarize_p: float = 0.0):
         super().__init__()
         self.size, self.scale, self.flip, self.jitter, self.jitter_p = size, scale, flip, jitter, jitter_p
-        self.gray_p, self.blur_p, self.blur_sigma, self.solarize_p = gray_p, blur_p, blur_sigma, solarize_p
+        self.gray_p, self.blur_sigma, self.solarize_p = gray_p, blur_sigma, solarize_p
+        self.blur_p = (0.5 if size > 64 else 0.0) if blur_p is None else blur_p
         self.register_buffer("mean", torch.tensor(MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(STD)[:, None, None], persistent=False)
         self.register_buffer("strengths", torch.tensor(jitter, dtype=torch.float32), persistent=False)

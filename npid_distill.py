@@ -177,7 +177,8 @@ def grad_update(rows: Tensor, z: Tensor, prob: Tensor, positive: Tensor, momentu
     positive, weight = as_columns(positive, weight, prob)
     share = prob.neg().scatter_add(1, positive, weight)                                # (B, K)
     exact = torch.promote_types(rows.dtype, torch.float32)
-    return F.normalize(momentum * rows.to(exact) + (1 - momentum) * (share.to(z.dtype).T @ z).to(exact), dim=1).to(rows.dtype)
+    step = (share.to(z.dtype).T @ ((1 - momentum) * z)).to(exact)                      # (K, D); scaling z is cheaper than scaling this
+    return F.normalize(step.add(rows.to(exact), alpha=momentum), dim=1).to(rows.dtype)
 
 
 class MemoryBank(nn.Module):
@@ -314,7 +315,7 @@ def train(cfg) -> None:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.bank_dtype]
     bank = MemoryBank(end - first, cfg.dim, dtype, cfg.bank_momentum, first, seeded("bank", cfg.seed, first))
     over_parts = total if cfg.shard_bank else nn.Identity()
-    augment = BatchAugment(run.size).to(run.device)
+    augment = BatchAugment(run.size, blur_p=0).to(run.device)
     run.start(model, encoder, bank, sharded=cfg.shard_bank)
     if cfg.init == "forward" and run.step == 0 and not cfg.preview:
         calibrate(bank, model, run)
