@@ -11,7 +11,8 @@ of a target (global) view and another online view. A method is one row of METHOD
 The study trains methods x augmentations x seeds and, for --switch-methods, each with its predictor and its momentum target switched.
 The effect of a factor is the mean of paired differences: with a(c) the accuracy of cell c and P the set of pairs (c, c') that differ in
 this factor alone,    effect = 1 / |P| sum over P of a(c') - a(c),    taken per seed; the table gives mean and standard deviation over
-seeds and |P|. Cells that are missing are named; no pair is made from them.
+seeds and |P|, and beside it what the factor costs: the ratio of images/s of the same pairs. Cells that are missing are named; no pair is
+made from them.
 Shapes: B batch, V views (global ones first), D embedding, K queue rows or prototypes.
 """
 import copy
@@ -22,7 +23,6 @@ import math
 import os
 import pathlib
 import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -85,22 +85,26 @@ def cosine_loss(p: Tensor, z: Tensor) -> Tensor:
 def barlow_loss(z1: Tensor, z2: Tensor, weight: float = 0.0051) -> Tensor:
     """Barlow Twins (Zbontar et al. 2021, eq. 1): the views' cross-correlation (D, D) toward the identity; weight of the off-diagonal 0.0051."""
     with torch.autocast(z1.device.type, enabled=False):
-        z1, z2 = full(z1, z2)
-        z1, z2 = ((z - z.mean(0)) / (z.var(0, correction=0) + 1e-5).sqrt() for z in (z1, z2))
-        c = z1.T @ z2 / len(z1)                                                         # (D, D)
-        on = c.diagonal()
-        return (1 - on).square().sum() + weight * (c.square().sum() - on.square().sum())
+        z = torch.stack(full(z1, z2))                                                   # (2, B, D)
+        z = (z - z.mean(1, keepdim=True)) / (z.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+        on = (z[0] * z[1]).mean(0)                                                      # (D,), the diagonal of c = z1.T @ z2 / B
+        if z.shape[1] < z.shape[2]:  # |z1.T z2|^2 is also the inner product of z1 z1.T and z2 z2.T: a sixteenth of the work at B 128, D 2048
+            g1, g2 = z @ z.mT                                                           # (B, B) each
+            squares = (g1 * g2).sum()
+        else:
+            squares = (z[0].T @ z[1]).square().sum()
+        return (1 - on).square().sum() + weight * (squares / z.shape[1] ** 2 - on.square().sum())
 
 
 def vicreg_loss(z1: Tensor, z2: Tensor, invariance: float = 25.0, variance: float = 25.0, covariance: float = 1.0) -> Tensor:
     """VICReg (Bardes et al. 2022, eq. 6): mean squared distance, hinge on the standard deviation at 1, off-diagonal covariance; (B, D)."""
     with torch.autocast(z1.device.type, enabled=False):
         z = torch.stack(full(z1, z2))                                                   # (2, B, D)
-        centred = z - z.mean(1, keepdim=True)
-        c = centred.mT @ centred / (z.shape[1] - 1)                                     # (2, D, D)
-        on = c.diagonal(dim1=1, dim2=2)                                                 # (2, D)
-        off_diagonal = (c.square().sum() - on.square().sum()) / z.shape[2]
-        return invariance * F.mse_loss(*z) + variance * F.relu(1 - (on + 1e-4).sqrt()).mean() + covariance * off_diagonal
+        x = (z - z.mean(1, keepdim=True)) / math.sqrt(z.shape[1] - 1)                   # c = x.T @ x is the covariance
+        on = x.square().sum(1)                                                          # (2, D), its diagonal
+        small = x if z.shape[1] < z.shape[2] else x.mT                                  # x.T @ x and x @ x.T have the same sum of squares
+        off_diagonal = (small @ small.mT).square().sum() - on.square().sum()
+        return invariance * F.mse_loss(*z) + variance * F.relu(1 - (on + 1e-4).sqrt()).mean() + covariance / z.shape[2] * off_diagonal
 
 
 @torch.no_grad()
@@ -156,15 +160,17 @@ METHODS = {
     "simclr": Method(lambda z, t, _: nt_xent(z, t), (512, 128), target_gradient=True, source="lightly; temperature 0.2: solo-learn"),
     "moco": Method(lambda q, k, queue: info_nce(q, k, queue), (512, 128), momentum=0.99, queue=4096),
     "byol": Method(lambda p, t, _: cosine_loss(p, t), (1024, 256), (1024, 256), momentum=0.99, ramp=True, aug="byol"),
-    "simsiam": Method(lambda p, t, _: cosine_loss(p, t), (2048, 2048), (512, 2048), last_norm=True, source="Chen & He 2021, 4.6, and lightly"),
-    "swav": Method(lambda s, t, _: swav_loss(s, t), (512, 128), prototypes=512, aug="multicrop", source="lightly; Caron et al. 2020"),
-    "barlow": Method(lambda z, t, _: barlow_loss(z, t), (2048, 2048), target_gradient=True, aug="byol", lr=0.06, source="lightly; Zbontar et al. 2021"),
-    "vicreg": Method(lambda z, t, _: vicreg_loss(z, t), (2048, 2048), target_gradient=True, aug="byol", lr=0.06, source="Bardes et al. 2022; widths: lightly's barlow"),
+    "simsiam": Method(lambda p, t, _: cosine_loss(p, t), (2048, 2048), (512, 2048), last_norm=True, lr=0.03, source="Chen & He 2021, 4.6 and D; lightly"),
+    "swav": Method(lambda s, t, _: swav_loss(s, t), (512, 128), prototypes=512, aug="multicrop", source="lightly, SGD in place of its Adam; Caron et al. 2020"),
+    "barlow": Method(lambda z, t, _: barlow_loss(z, t), (2048, 2048), target_gradient=True, aug="byol", lr=0.06,
+                     source="lightly, at half its rate, which starts faster; Zbontar et al. 2021"),
+    "vicreg": Method(lambda z, t, _: vicreg_loss(z, t), (2048, 2048), target_gradient=True, aug="byol", lr=0.06,
+                     source="Bardes et al. 2022; widths and rate: barlow's"),
     "dino": Method(lambda s, t, c: dino_loss(s, t, c), (2048, 256), momentum=0.99, ramp=True, prototypes=2048, center=0.9, aug="multicrop",
                    source="lightly; Caron et al. 2021"),
 }
 
-SIMCLR = dict(scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray_p=0.2)  # Chen et al. 2020, B.9: no blur at 32 px
+SIMCLR = dict(scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray_p=0.2)  # Chen et al. 2020, B.9: blur above 64 px alone
 BYOL = dict(scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray_p=0.2)    # Grill et al. 2020, table 6
 
 
@@ -178,7 +184,7 @@ class Augmentation:
 
 
 AUGMENTATIONS = {
-    "crop": Augmentation(*[dict(scale=(0.2, 1.0), jitter=(0, 0, 0, 0), gray_p=0)] * 2),
+    "crop": Augmentation(*[dict(scale=(0.2, 1.0), jitter=(0, 0, 0, 0), gray_p=0, blur_p=0)] * 2),
     "simclr": Augmentation(SIMCLR, SIMCLR),
     "byol": Augmentation(BYOL | dict(blur_p=1.0), BYOL | dict(blur_p=0.1, solarize_p=0.2)),
     "multicrop": Augmentation(*[SIMCLR | dict(scale=(0.3, 1.0))] * 2, SIMCLR | dict(scale=(0.05, 0.3)), 6),  # scales: DINO, 2 + 6 views
@@ -426,16 +432,16 @@ def study(cfg) -> None:
     cells, rows, failed = grid(cfg), {}, {}
     for wait in (False, True):
         for number, (cell, seed) in enumerate(cells, 1):
-            folder = out / "-".join([cell.method, cell.aug, cell.arch, f"p{cell.predictor}", f"m{cell.momentum}", f"s{seed}"])
-            if folder in rows or folder in failed:
+            if (cell, seed) in rows or (cell, seed) in failed:
                 continue
+            folder = out / "-".join([cell.method, cell.aug, cell.arch, f"p{cell.predictor}", f"m{cell.momentum}", f"s{seed}"])
             try:
                 row = run_cell(cfg, cell, seed, folder, wait, f"cell {number} of {len(cells)}: {folder.name}")
-                rows |= {folder: (cell, seed, row)} if row else {}
+                rows |= {(cell, seed): row} if row else {}
             except common.RunError as error:
-                failed[folder] = f"{folder.name} ({error})"
-    accuracy = {(states(cell), seed): row["probe_top1"] for cell, seed, row in rows.values()}
-    rates = {(states(cell), seed): row["images_per_s"] for cell, seed, row in rows.values()}
+                failed[cell, seed] = f"{folder.name} ({error})"
+    finished = [(cell, seed) for cell, seed in cells if (cell, seed) in rows]  # in the order of the grid, whoever made them
+    accuracy, rates = ({(states(cell), seed): rows[cell, seed][key] for cell, seed in finished} for key in ("probe_top1", "images_per_s"))
     text = report(cfg, accuracy, rates, list(failed.values()))
     common.write_text(out / "study.md", text + "\n")
     print(text)
@@ -469,7 +475,7 @@ def run_cell(cfg, cell: Cell, seed: int, folder: pathlib.Path, wait: bool, title
 
 
 def report(cfg, accuracy: dict, rates: dict, missing: list[str]) -> str:
-    """Markdown: the grid, the effects beside the published ones, the cost of each factor, what is missing."""
+    """Markdown: the grid, the effects beside the published ones and what each costs in images/s, the images/s of every cell, what is missing."""
     from linear_probe import markdown, spread
 
     cells = list(dict.fromkeys(cell for cell, _ in accuracy))
@@ -480,25 +486,21 @@ def report(cfg, accuracy: dict, rates: dict, missing: list[str]) -> str:
         changes = [f"{part} {getattr(cell, part)}" for part in ("predictor", "momentum") if getattr(cell, part) != getattr(own, part)]
         return ", ".join([cell.method, cell.arch, *changes])
 
-    lines: dict[str, dict[str, str]] = {}
-    for cell in cells:
-        lines.setdefault(label(cell), {})[cell.aug] = spread([value for (other, _), value in accuracy.items() if other == cell], 2)
+    def by_views(values: dict, what: str, digits: int) -> list[str]:
+        lines: dict[str, dict[str, str]] = {}
+        for cell in cells:
+            lines.setdefault(label(cell), {})[cell.aug] = spread([value for (other, _), value in values.items() if other == cell], digits)
+        return markdown([what, *(f"{aug} views" for aug in augs)], [[name, *[line.get(aug, "") for aug in augs]] for name, line in lines.items()])
+
+    # A ratio is the exponential of a difference of logarithms, so the cost of a factor comes out of the same pairs as its effect.
+    speed = {row["factor"]: math.exp(row["mean"]) for row in effects({key: math.log(rate) for key, rate in rates.items()})}
     limit = f"{cfg.limit} images" if cfg.limit else "all images"
     text = [f"Study on {cfg.dataset}: {limit}, {cfg.epochs} epochs, batch {cfg.batch}, seeds {cfg.seeds}; probe_top1 in percent, mean ± standard deviation over seeds."
-            + (" A reduced budget: effects, not records." if cfg.limit or cfg.epochs < 100 else ""), "",
-            *markdown(["method", *augs], [[name, *[line.get(aug, "") for aug in augs]] for name, line in lines.items()]), ""]
-    rows = effects(accuracy)
-    text += markdown(["factor", "effect, points", "pairs x seeds", "published"],
+            + (" A reduced budget: effects, not records." if cfg.limit or cfg.epochs < 100 else ""), "", *by_views(accuracy, "probe_top1", 2), ""]
+    text += markdown(["factor", "effect, points", "pairs x seeds", "published", "speed"],
                      [[r["factor"], f"{r['mean']:+.2f}" + (f" ± {r['std']:.2f}" if r["std"] is not None else ""), f"{r['pairs']} x {r['seeds']}",
-                       f"{r['published']:+.1f}" if r["published"] is not None else ""] for r in rows])
-    costs = []
-    for aug in augs:
-        group = [rate for (cell, _), rate in rates.items() if cell.aug == aug]
-        costs.append([f"{aug} views", spread(group, 0)])
-    for method in dict.fromkeys(cell.method for cell in cells):
-        group = [rate for (cell, _), rate in rates.items() if cell.method == method and cell.aug == augs[0] and states(Cell(method, cell.aug, cell.arch)) == cell]
-        costs.append([f"{method}, {augs[0]} views", spread(group, 0)])
-    text += ["", *markdown(["cost", "images/s"], costs)]
+                       f"{r['published']:+.1f}" if r["published"] is not None else "", f"x {speed[r['factor']]:.2f}"] for r in effects(accuracy)])
+    text += ["", *by_views(rates, "images/s", 0)]
     if missing:
         text += ["", "Missing, and in no pair: " + "; ".join(missing)]
     return "\n".join(text)
@@ -506,14 +508,10 @@ def report(cfg, accuracy: dict, rates: dict, missing: list[str]) -> str:
 
 def draw_effects(path: pathlib.Path, rows: list[dict]) -> None:
     """A bar chart of the effects where matplotlib is there; a line that says so where it is not."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no chart: matplotlib is not installed", file=sys.stderr)
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from linear_probe import pyplot
 
+    if not (plt := pyplot("chart")):
+        return
     figure, axis = plt.subplots(figsize=(9, 0.5 * len(rows) + 1.2), layout="constrained")
     places = range(len(rows))
     axis.barh(places, [r["mean"] for r in rows], xerr=[r["std"] or 0 for r in rows], label="ours")

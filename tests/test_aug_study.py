@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import aug_study
 import bassl
 import common
-from aug_study import (AUGMENTATIONS, METHODS, Cell, Template, barlow_loss, cosine_loss, dino_loss, effects, info_nce, nt_xent, sinkhorn, states,
+from aug_study import (AUGMENTATIONS, METHODS, Cell, Method, Template, barlow_loss, cosine_loss, dino_loss, effects, info_nce, nt_xent, sinkhorn, states,
                        swav_loss, switched, vicreg_loss)
 from conftest import TINY, assert_dying_changes_nothing, assert_works_alone, read_log, run_script
 
@@ -30,10 +30,11 @@ def test_contrastive_and_cosine_losses_equal_those_of_bassl_and_the_loop():
     assert cosine_loss(z1, z2).item() == pytest.approx(2 - 2 * cos)
 
 
-def test_barlow_equals_its_formula_and_ignores_the_order_of_the_batch():
-    z1, z2 = pair(64)
+@pytest.mark.parametrize("dim", [5, 70])  # more rows than columns, and fewer
+def test_barlow_equals_its_formula_and_ignores_the_order_of_the_batch(dim):
+    z1, z2 = pair(64, dim)
     total = 0.0
-    for i, j in itertools.product(range(5), range(5)):
+    for i, j in itertools.product(range(dim), range(dim)):
         a, b = z1[:, i] - z1[:, i].mean(), z2[:, j] - z2[:, j].mean()
         c = ((a * b).sum() / (a.square().sum() * b.square().sum()).sqrt()).item()
         total += (1 - c) ** 2 if i == j else 0.0051 * c * c
@@ -43,14 +44,15 @@ def test_barlow_equals_its_formula_and_ignores_the_order_of_the_batch():
     assert not math.isclose(barlow_loss(z1[order], z2).item(), barlow_loss(z1, z2).item())
 
 
-def test_vicreg_equals_its_formula_and_ignores_the_order_of_the_batch():
-    z1, z2 = pair(8)
-    total = 25 * sum((a - b) ** 2 for a, b in zip(z1.flatten().tolist(), z2.flatten().tolist())) / 40
+@pytest.mark.parametrize("dim", [5, 12])
+def test_vicreg_equals_its_formula_and_ignores_the_order_of_the_batch(dim):
+    z1, z2 = pair(8, dim)
+    total = 25 * sum((a - b) ** 2 for a, b in zip(z1.flatten().tolist(), z2.flatten().tolist())) / (8 * dim)
     for z in (z1, z2):
-        means = [sum(z[:, j].tolist()) / 8 for j in range(5)]
-        cov = [[sum((z[n, i].item() - means[i]) * (z[n, j].item() - means[j]) for n in range(8)) / 7 for j in range(5)] for i in range(5)]
-        total += 25 * sum(max(0, 1 - math.sqrt(cov[j][j] + 1e-4)) for j in range(5)) / 5 / 2
-        total += sum(cov[i][j] ** 2 for i in range(5) for j in range(5) if i != j) / 5
+        means = [sum(z[:, j].tolist()) / 8 for j in range(dim)]
+        cov = [[sum((z[n, i].item() - means[i]) * (z[n, j].item() - means[j]) for n in range(8)) / 7 for j in range(dim)] for i in range(dim)]
+        total += 25 * sum(max(0, 1 - math.sqrt(cov[j][j] + 1e-4)) for j in range(dim)) / dim / 2
+        total += sum(cov[i][j] ** 2 for i in range(dim) for j in range(dim) if i != j) / dim
     assert vicreg_loss(z1, z2).item() == pytest.approx(total)
     order = torch.randperm(8)
     torch.testing.assert_close(vicreg_loss(z1[order], z2[order]), vicreg_loss(z1, z2))
@@ -160,6 +162,32 @@ def test_every_augmentation_runs(aug, tmp_path):
     assert math.isfinite(read_log(tmp_path)[-1]["loss"])
 
 
+class Narrow(torch.nn.Sequential):
+    """Stands in for a ResNet: sixty steps of a method take seconds."""
+    dim = 64
+
+    def __init__(self, *_):
+        layers = [layer for a, b in ((3, 32), (32, 64)) for layer in (torch.nn.Conv2d(a, b, 3, 2, 1, bias=False), torch.nn.BatchNorm2d(b), torch.nn.ReLU())]
+        super().__init__(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+
+
+def alignment_alone(z, t, _):
+    """What every one of the losses becomes without the part that spreads the embeddings."""
+    return (z - t).square().sum(1).mean()
+
+
+@pytest.mark.parametrize("name", [*METHODS, "alignment"])
+def test_no_method_collapses_in_sixty_steps(name, tmp_path, monkeypatch):
+    """The log's effective rank tells a method that holds its features apart from one that does not; `make soak` has the demo's budget."""
+    monkeypatch.setattr(common, "resnet", Narrow)
+    monkeypatch.setitem(METHODS, "alignment", Method(alignment_alone, (512, 128), target_gradient=True))
+    flags = "--dataset shapes --size 16 --limit 1280 --batch 128 --epochs 6 --knn-every 6 --optimizer adamw --lr 0.004 --augs simclr --device cpu".split()
+    aug_study.train(common.parse(aug_study.Config, "", [*flags, "--methods", name, "--out", str(tmp_path)]))
+    last = read_log(tmp_path)[-1]
+    assert last["feature_std"] > 0.4
+    assert last["effective_rank"] < 12 if name == "alignment" else last["effective_rank"] > 15
+
+
 @pytest.mark.parametrize("name", ["moco", "dino"])
 def test_a_run_that_dies_after_any_step_ends_as_if_it_had_not(name, tmp_path, monkeypatch):
     flags = [*TINY, "--methods", name, "--save-every", "2steps", "--deterministic"]
@@ -223,8 +251,9 @@ def test_a_cell_that_fails_is_named_and_a_killed_study_gives_the_same_table(tmp_
     with pytest.raises(KeyboardInterrupt):
         start(tmp_path / "killed", dies_in=1)
     start(tmp_path / "killed")
-    tables = [(tmp_path / name / "study.md").read_text().split("| cost")[0] for name in ("whole", "killed")]
-    assert tables[0] == tables[1] and "BYOL's augmentations over SimCLR's" in tables[0]
+    # Accuracies and effects; the last column of the effects and the table behind them are speeds.
+    tables = [[line.rsplit("|", 2)[0] for line in (tmp_path / name / "study.md").read_text().split("| images/s")[0].splitlines()] for name in ("whole", "killed")]
+    assert tables[0] == tables[1] and any(line.startswith("| BYOL's augmentations over SimCLR's") for line in tables[0])
     start(tmp_path / "failed", fails_in=2)
     assert "Missing" in (tmp_path / "failed" / "study.md").read_text()
 
