@@ -137,7 +137,7 @@ def sgd_probe(encoder: nn.Module, train: ImageSet, test_x: Tensor, test_y: Tenso
     batch = min(cfg.batch, len(train)) // world() * world()
     optimizer = torch.optim.SGD(head.parameters(), lr=cfg.lr * batch / 256, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, cfg.epochs * (len(train) // batch))
-    augment = BatchAugment(size, scale=(0.08, 1.0), jitter=(0, 0, 0, 0), gray_p=0).to(device)
+    augment = BatchAugment(size, scale=(0.08, 1.0), jitter=(0, 0, 0, 0), gray_p=0, blur_p=0).to(device)
     labels = train.labels.to(device)
     if train.files is None:
         train.pixels = train.pixels.to(device)
@@ -332,16 +332,23 @@ def spread(values: list[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
-def draw_figure(path: str, rows: list[dict]) -> None:
-    """Accuracy against training minutes (the online kNN of the log), images and parameters: a PNG where matplotlib is there, else a line."""
+def pyplot(what: str):
+    """matplotlib.pyplot, drawing to files; None, with a line that there is no `what`, where matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
-        print("no figure: matplotlib is not installed", file=sys.stderr)
-        return
+        print(f"no {what}: matplotlib is not installed", file=sys.stderr)
+        return None
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot
 
+    return matplotlib.pyplot
+
+
+def draw_figure(path: str, rows: list[dict]) -> None:
+    """Accuracy against training minutes (the online kNN of the log), images and parameters: a PNG where matplotlib is there, else a line."""
+    if not (plt := pyplot("figure")):
+        return
     trained = [row for row in rows if row.get("curve")]
     if not trained:
         print("no figure: no row has an online kNN curve (--knn-every 0?)", file=sys.stderr)

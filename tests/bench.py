@@ -2,7 +2,8 @@
 
     python tests/bench.py --arch resnet10 --stem imagenet --batch 256                       # every method: step, floor, ratio, split
     python tests/bench.py --methods npid --npid "--dim 512 --negatives 4096" --steps 10
-    python tests/bench.py --batches 64,128,256,512,1024                                    # images/s over the batch size
+    python tests/bench.py --batches 64,128,256,512,1024 --figure batches.png               # images/s over the batch size, drawn (matplotlib)
+    python tests/bench.py --tricks --methods simclr                                        # images/s without each trick of the step
     python tests/bench.py --banks 50000,200000,1280000 --dim 128                           # NPID's losses and update over the bank's size;
                                                                                            # for memory on a CPU one bank and --negatives a call
     python tests/bench.py --peer "python their_step.py"                                    # its last line: images/s, as a number
@@ -13,7 +14,8 @@
 step: median time of the real training loop's step, all that train() does between two updates included, on resident images.
 floor: forward and backward of the same network on as many resident random views, at the same precision; with the target network's forward
 pass for momentum methods, and with the three products of embeddings and bank rows for NPID. The optimizer is in the step, not in the floor.
-The split is taken in a second pass, in which every part waits for the device. Each line of the table is also a JSON line in --out.
+The split is taken in a second pass, in which every part waits for the device. monitor: what the online kNN takes of the time between two of
+them, at the default of one in five epochs. Each line of the table is also a JSON line in --out.
 """
 import argparse
 import collections
@@ -38,7 +40,7 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
 import npid_distill  # noqa: E402
-from linear_probe import markdown  # noqa: E402
+from linear_probe import markdown, pyplot  # noqa: E402
 
 # name -> script and flags
 METHODS = {
@@ -69,7 +71,10 @@ class _Operators(TorchDispatchMode):
         view = any(value.alias_info is not None and not value.alias_info.is_write for value in operator._schema.returns)
         if not view and not operator.name().startswith(self.FREE):
             self.names[operator.name()] += 1
-            self.bytes += sum(t.numel() * t.element_size() for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor))
+            tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)]
+            if operator.name().startswith(("aten::index.", "aten::index_copy_", "aten::gather")):  # touch the rows that are asked for alone
+                tensors = [tensors[-2 if "copy" in operator.name() else -1]] * 2
+            self.bytes += sum(t.numel() * t.element_size() for t in tensors)
         return result
 
 
@@ -80,20 +85,19 @@ def count_operators(function) -> tuple[int, int]:
     return sum(counted.names.values()), counted.bytes
 
 
-def npid_step(bank: npid_distill.MemoryBank, update: str, negatives: int, z, index, partner, weight):
-    """The losses and the bank's update of one step, as npid_distill.train has them."""
+def npid_step(bank: npid_distill.MemoryBank, update: str, negatives: int, z, index, partner, weight, product: torch.dtype = torch.float32):
+    """The losses of one step as npid_distill.train has them, and a function that updates the bank; product: the type of the products."""
     columns, own, repeated = bank.in_play(index, negatives)
     own = torch.stack([own, own[partner]], 1)
-    ce, kl, prob = npid_distill.dense_losses(z, bank.rows[columns], own, weight, repeated, 0.2, 0.5, False)
+    ce, kl, prob = npid_distill.dense_losses(z, bank.rows[columns].to(product), own, weight, repeated, 0.2, 0.5, False)
     if update == "grad":
-        bank.update(index, z, prob, weight, columns, own)
-    else:
-        bank.update(torch.stack([index, index[partner]], 1), z, None, weight)
-    return ce + 20 * kl
+        return ce + 20 * kl, lambda: bank.update(index, z.to(product), prob, weight, columns, own)
+    return ce + 20 * kl, lambda: bank.update(torch.stack([index, index[partner]], 1), z, None, weight)
 
 
-# Published peaks: dense bf16 FLOP/s, bytes/s of memory (NVIDIA data sheets, SXM). Assumed: convolutions at 40 % of the peak, the rest at 70 % of
-# the bandwidth, 4 microseconds a launch where that is longer.
+# Published peaks: dense bf16 FLOP/s, bytes/s of memory (NVIDIA data sheets, SXM). Assumed: the network at 20 % of the peak, which is what NVIDIA's
+# published training rate of ResNet-50 on an A100 comes to (2,470 images/s in mixed precision, DeepLearningExamples, of 24.3 GFLOP each); NPID's
+# products at 40 %; the rest at 70 % of the bandwidth, 4 microseconds a launch where that is longer.
 GPUS = {"A100": (312e12, 2.0e12), "H100": (989e12, 3.35e12)}
 
 
@@ -123,12 +127,12 @@ def predict(name: str, arch: str, stem: str, batch: int, size: int, dim: int) ->
     if script == "npid_distill":
         bank = npid_distill.MemoryBank(50_000, dim)
         z, index, partner = F.normalize(torch.randn(batch, dim), dim=1), torch.randperm(50_000)[:batch], torch.randperm(batch)
-        loss = functools.partial(npid_step, bank, "ema" if "ema" in name else "grad", 10_000, z, index, partner, torch.full((batch, 2), 0.5))
-        pairs, product = 1, 3 * 2 * batch * dim * (10_000 + batch)
+        loss = functools.partial(npid_step, bank, "ema" if "ema" in name else "grad", 10_000, z, index, partner, torch.full((batch, 2), 0.5), torch.bfloat16)
+        update, pairs, product = loss()[1], 1, 3 * 2 * batch * dim * (10_000 + batch)
     else:
         width = 2048 if name in ("simsiam", "barlow", "vicreg", "dino") else 512 if name == "swav" else 256 if name == "byol" else 128
         z1, z2, queue = torch.randn(batch, width), torch.randn(batch, width), torch.randn(4096, width)
-        pairs, product = {"moco": 1}.get(name, 2 + 2 * augmentation.locals), 0
+        update, pairs, product = (lambda: None), {"moco": 1}.get(name, 2 + 2 * augmentation.locals), 0
         loss = (lambda: method.loss(z1, z2, queue[:1] if name == "dino" else queue)) if method else (lambda: aug_study.nt_xent(z1, z2))
         pairs = 1 if name.startswith("simclr") else pairs
     with FakeTensorMode(), FlopCounterMode(display=False) as flops:
@@ -141,12 +145,14 @@ def predict(name: str, arch: str, stem: str, batch: int, size: int, dim: int) ->
     momentum = name == "moco" or (method is not None and method.momentum > 0)
     network = 3 * (views * one_view + augmentation.locals * small) + (views * one_view if momentum else 0)
     network -= 3 * one_view + one_view if name == "moco" else 0  # one query view, one key view
-    (launches, moved), (loss_launches, loss_moved) = count_operators(augment), count_operators(loss)
+    (launches, moved), (loss_launches, loss_moved), (bank_launches, bank_moved) = map(count_operators, (augment, loss, update))
     row = {"method": name, "batch": batch, "augmentation launches": launches, "GB": round(moved / 1e9, 2), "loss launches": pairs * loss_launches,
-           "loss GB": round(pairs * loss_moved / 1e9, 2), "network TFLOP": round(network / 1e12, 2)}
+           "loss GB": round(pairs * loss_moved / 1e9, 2), "bank launches": bank_launches, "bank GB": round(bank_moved / 1e9, 2),
+           "network TFLOP": round(network / 1e12, 2)}
     for gpu, (peak, bandwidth) in GPUS.items():
-        outside = [max(n * 4e-6, size_ / (0.7 * bandwidth)) for n, size_ in ((launches, moved), (3 * pairs * loss_launches, 3 * pairs * loss_moved))]
-        step = (network + product) / (0.4 * peak) + sum(outside)
+        outside = [max(n * 4e-6, size_ / (0.7 * bandwidth)) for n, size_ in
+                   ((launches, moved), (3 * pairs * loss_launches, 3 * pairs * loss_moved), (bank_launches, bank_moved))]
+        step = network / (0.2 * peak) + product / (0.4 * peak) + sum(outside)
         row |= {f"{gpu} ms, predicted": round(1e3 * step, 1), f"{gpu} outside %": round(100 * sum(outside) / step, 1)}
     return row
 
@@ -263,15 +269,64 @@ def floor(name: str, run: common.Run, steps: int) -> float:
     return statistics.median(times[2:])
 
 
+def setting(name: str, run: common.Run) -> dict:
+    """What was run, as the first columns of a row."""
+    return {"method": name, "network": f"{run.cfg.arch}, {run.stem} stem, {run.size} px", "batch": run.cfg.batch,
+            "precision": str(run.dtype).removeprefix("torch.")}
+
+
 def bench(name: str, flags: list[str], steps: int) -> dict:
     run, times = train_for(name, flags, steps, 3)
     step, least = statistics.median(times), floor(name, run, steps)
+    began = wait(run.device)
+    run.monitor()
+    monitor = wait(run.device) - began
     parts = split(name, flags, max(2, steps // 2))
     memory = torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"method": name, "network": f"{run.cfg.arch}, {run.stem} stem, {run.size} px", "batch": run.cfg.batch, "precision": str(run.dtype).removeprefix("torch."),
-            "images_per_s": round(run.cfg.batch / step, 1), "step_ms": round(1e3 * step, 1), "floor_ms": round(1e3 * least, 1), "floor/step": round(least / step, 3),
+    return {**setting(name, run), "images_per_s": round(run.cfg.batch / step, 1), "step_ms": round(1e3 * step, 1), "floor_ms": round(1e3 * least, 1), "floor/step": round(least / step, 3),
             **{f"{part} %": round(100 * spent / sum(parts.values()), 1) for part, spent in sorted(parts.items())},
+            "monitor %": round(100 * monitor / (monitor + common.RunConfig.knn_every * run.steps_per_epoch * step), 1),
             "peak_GB": round(memory / 1e9, 2), "device": common.device_name(run.device), "torch": torch.__version__}
+
+
+# Changes that take one trick away, and one that adds what is not a default: flags, or a change at the first update of a run.
+CHANGES = {
+    "without channels_last": lambda run, script: run.model.to(memory_format=torch.contiguous_format),
+    "without bf16": ["--amp", "off"],
+    "without the fused optimizer": lambda run, script: [group.update(fused=False, foreach=False) for group in run.optimizer.param_groups],
+    "views augmented one by one": lambda run, script: setattr(common.BatchAugment, "forward", _one_by_one),
+    "with torch.compile": ["--compile"],
+}
+
+
+def _one_by_one(self, images, generator=None, views=1, forward=common.BatchAugment.forward):
+    return torch.cat([forward(self, images, generator) for _ in range(views)])
+
+
+def bench_tricks(name: str, flags: list[str], steps: int) -> list[dict]:
+    """Images/s as it is, and with each of CHANGES; the runs as it is stand between the others, so that drift shows. start_s: seconds until
+    the third step is done, compilation included."""
+    rows, memory, forward = [], common.keep_memory, common.BatchAugment.forward
+
+    def row(change, extra=(), prepare=lambda run, script: None):
+        began = time.perf_counter()
+        run, times = train_for(name, [*flags, *extra], steps, 3, prepare)
+        rows.append({**setting(name, run), "change": change,
+                     "images_per_s": round(run.cfg.batch / statistics.median(times), 1), "start_s": round(time.perf_counter() - began - sum(times), 1),
+                     "device": common.device_name(run.device), "torch": torch.__version__})
+
+    common.keep_memory = lambda: None  # first, for it cannot be undone
+    row("without memory kept by malloc")
+    common.keep_memory = memory
+    for name_of_change, change in CHANGES.items():
+        row("")
+        row(name_of_change, *([change] if isinstance(change, list) else [[], change]))
+        common.BatchAugment.forward = forward
+    row("")
+    as_it_is = statistics.median(r["images_per_s"] for r in rows if not r["change"])
+    for r in rows:
+        r["against as it is, %"] = round(100 * (r["images_per_s"] / as_it_is - 1), 1)
+    return rows
 
 
 class Memory:
@@ -384,21 +439,39 @@ def bench_data(folder: str, arch: str, batch: int, size: int, device: torch.devi
     return rows
 
 
+def draw(path: str, rows: list[dict]) -> None:
+    """Images/s over the batch size, a line a method, or milliseconds over the bank's rows; where matplotlib is there."""
+    if not (plt := pyplot("figure")):
+        return
+    x, y, line = ("bank rows", "ms", "negatives") if "bank rows" in rows[0] else ("batch", "images_per_s", "method")
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name in dict.fromkeys(row[line] for row in rows):
+        points = [(row[x], row[y]) for row in rows if row[line] == name]
+        axis.plot(*zip(*points), marker="o", label=f"{line} {name}" if line == "negatives" else name)
+    axis.set(xlabel=x, ylabel={"ms": "ms a step", "images_per_s": "images/s"}[y], xscale="log", yscale="log" if y == "ms" else "linear")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 # ------------------------------------------------------------------------------------------- main
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag, default in {"methods": ",".join(METHODS), "arch": "resnet10", "stem": "imagenet", "device": "auto", "amp": "auto", "npid": "--dim 512",
-                          "batches": "", "banks": "", "negatives": "10000,0", "peer": "", "photos": "", "out": "", "dataset": "shapes", "data": "data"}.items():
+                          "batches": "", "banks": "", "negatives": "10000,0", "peer": "", "photos": "", "out": "", "figure": "", "dataset": "shapes",
+                          "data": "data", "cache": ""}.items():
         parser.add_argument(f"--{flag}", default=default)
     for flag, default in {"batch": 256, "steps": 10, "dim": 128, "size": 0}.items():
         parser.add_argument(f"--{flag}", type=int, default=default)
     parser.add_argument("--predict", action="store_true")
+    parser.add_argument("--tricks", action="store_true")
     args = parser.parse_args()
     device = common.pick_device(args.device)
-    flags = lambda batch: ["--dataset", args.dataset, "--data", args.data, "--arch", args.arch, "--stem", args.stem, "--device", args.device, "--amp", args.amp,  # noqa: E731
-                           "--batch", str(batch), *(["--size", str(args.size)] if args.size else [])]
+    same = [word for name in ("dataset", "data", "cache", "arch", "stem", "size", "device", "amp") for word in (f"--{name}", str(getattr(args, name)))]
+    flags = lambda batch: [*same, "--batch", str(batch)]  # noqa: E731
     names = args.methods.split(",")
     own = lambda name: shlex.split(args.npid) if name.startswith("npid") else []  # noqa: E731
     rows = []
@@ -420,6 +493,10 @@ def main() -> None:
         for n in map(int, args.banks.split(",")):
             for negatives in map(int, args.negatives.split(",")):
                 take(bench_bank(n, args.dim, args.batch, negatives, args.steps, device))
+    elif args.tricks:
+        for name in names:
+            for row in bench_tricks(name, [*flags(args.batch), *own(name)], args.steps):
+                take(row)
     else:
         for batch in map(int, (args.batches or str(args.batch)).split(",")):
             for name in names:
@@ -427,6 +504,8 @@ def main() -> None:
     if args.peer:
         done = subprocess.run(args.peer, shell=True, capture_output=True, text=True, check=True)
         take({"method": f"peer: {args.peer}", "images_per_s": float(done.stdout.split()[-1])})
+    if args.figure:
+        draw(args.figure, rows)
     head = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in ("device", "torch")]
     print("\n".join(markdown(head, [[row.get(key, "") for key in head] for row in rows])))
     print(f"\n{rows[0].get('device', 'predicted, not measured')}, torch {torch.__version__}")
