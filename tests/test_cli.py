@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import aug_study
 import common
 import linear_probe
 from conftest import ROOT, TINY, run_script
@@ -167,6 +168,22 @@ def test_every_result_line_of_the_readme_comes_from_committed_rows():
     assert shown and not [line for line in shown if line not in made]
     for file in files:
         assert all(row["command"] or row["probe_command"] for row in linear_probe.read_rows([str(file)]))
+
+
+def test_every_table_of_a_study_in_the_readme_is_made_from_committed_rows():
+    """The grid, the effects and the speeds, line by line."""
+    readme = (ROOT / "README.md").read_text().splitlines()
+    files = sorted((ROOT / "results").glob("*-study.jsonl"))
+    assert files
+    for file in files:
+        rows, accuracy, rates = linear_probe.read_rows([str(file)]), {}, {}
+        for row in rows:
+            method, aug, predictor, momentum = re.fullmatch(r"(\w+), (\S+) views(?:, predictor (\w+))?(?:, momentum (\w+))?", row["variant"]).groups("default")
+            key = aug_study.states(aug_study.Cell(method, aug, row["arch"], predictor, momentum)), row["seed"]
+            accuracy[key], rates[key] = row["probe_top1"], row["images_per_s"]
+        cfg = common.parse(aug_study.Config, "", shlex.split(rows[0]["command"])[2:])
+        table = [line for line in aug_study.report(cfg, accuracy, rates, []).splitlines() if line]
+        assert table and not [line for line in table if line not in readme]
 
 
 SHORT = ["--dataset", "shapes", "--device", "cpu", "--size", "16", "--arch", "resnet10", "--stem", "imagenet"]
