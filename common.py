@@ -370,12 +370,16 @@ class ImageSet(torch.utils.data.Dataset):
             return
         loader = torch.utils.data.DataLoader(range(len(self)), batch_sampler=[i.tolist() for i in order], num_workers=workers,
                                              pin_memory=device.type == "cuda", collate_fn=_TryDecode(self))
-        for index, images, bad in loader:
-            self.broken.update(bad)
-            if len(self.broken) > self.most / world():
-                raise RunError(f"{len(self.broken)} of {len(self)} images do not decode: {'; '.join([*self.broken.values()][:20])}")
-            images = torch.empty(0, 3, self.size, self.size, dtype=torch.uint8) if images is None else images
-            yield images.to(device, non_blocking=True), index.to(device, non_blocking=True)
+        try:
+            for index, images, bad in loader:
+                self.broken.update(bad)
+                if len(self.broken) > self.most / world():
+                    raise RunError(f"{len(self.broken)} of {len(self)} images do not decode: {'; '.join([*self.broken.values()][:20])}")
+                images = torch.empty(0, 3, self.size, self.size, dtype=torch.uint8) if images is None else images
+                yield images.to(device, non_blocking=True), index.to(device, non_blocking=True)
+        except (ConnectionError, EOFError):  # from the socket of a worker that is dying; once it is dead, torch's signal handler says so here
+            time.sleep(2)
+            raise
 
     def report_broken(self, already: int = 0) -> int:
         """Name the images that did not decode, but for the first `already` of them; returns how many there are."""
