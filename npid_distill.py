@@ -92,10 +92,11 @@ def dense_losses(z: Tensor, rows: Tensor, positive: Tensor, weight: Tensor | Non
     with torch.autocast(z.device.type, enabled=False):
         cosine = cosines(z, rows)                                                                # (B, K)
         if repeated is not None:
-            cosine = cosine.masked_fill(repeated, -1e4)  # finite, so that 0 * log 0 stays 0
-        ce = instance_ce(cosine / tau, positive, weight)
-        kl = sqrt_kl(cosine / tau if temper_kl else cosine, power)
-        return ce, kl, F.softmax(cosine.detach() / tau, dim=1)
+            cosine = cosine - 1e4 * repeated  # finite, so that 0 * log 0 stays 0
+        logits = cosine / tau
+        ce = instance_ce(logits, positive, weight)
+        kl = sqrt_kl(logits if temper_kl else cosine, power)
+        return ce, kl, F.softmax(logits.detach(), dim=1)
 
 
 def cosines(z: Tensor, rows: Tensor) -> Tensor:
@@ -218,12 +219,12 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def update(self, index: Tensor, z: Tensor, prob: Tensor | None = None, weight: Tensor | None = None, columns: Tensor | None = None,
-               own: Tensor | None = None) -> None:
+               own: Tensor | None = None, rows: Tensor | None = None) -> None:
         """Move the rows by grad_update, z (B, D) unit embeddings without need of a gradient.
 
         Over the whole bank: index (B,) or (B, L) image numbers and prob (B, N). Over rows in play: columns (K,) and prob (B, K) from
-        in_play, own (B,) or (B, L) the columns of the images' own rows. prob None is NPID's rule: only the images' own rows move,
-        toward the embeddings.
+        in_play, own (B,) or (B, L) the columns of the images' own rows, rows (K, D) the rows in play where the caller has them at hand.
+        prob None is NPID's rule: only the images' own rows move, toward the embeddings.
         """
         z = z.detach()
         if prob is None:
@@ -233,7 +234,8 @@ class MemoryBank(nn.Module):
         if columns is None:
             self.rows.copy_(grad_update(self.rows, z, prob, index, self.momentum, weight))
             return
-        new = grad_update(self.rows[columns], z, prob, own, self.momentum, weight)
+        rows = self.rows.index_select(0, columns) if rows is None else rows
+        new = grad_update(rows, z, prob, own, self.momentum, weight)
         first = (columns[:len(z), None] == columns[:len(z)]).to(torch.uint8).argmax(1)
         new[:len(z)] = new[first]                                                       # every copy of a repeated row writes the same values
         self.rows.index_copy_(0, columns, new)
@@ -335,7 +337,8 @@ def train(cfg) -> None:
         else:
             columns, own, repeated = bank.in_play(index, cfg.negatives, run.generator("negatives", run.device))
             own = torch.stack([own, own[partner]], 1)                                   # (B, 2)
-            ce, kl, prob = dense_losses(z, bank.rows[columns].to(run.dtype), own, weight, repeated, cfg.tau, cfg.power, cfg.temper_kl)
+            rows = bank.rows.index_select(0, columns)                                   # (B + K, D)
+            ce, kl, prob = dense_losses(z, rows.to(run.dtype), own, weight, repeated, cfg.tau, cfg.power, cfg.temper_kl)
         loss = ce + cfg.lambda_kl * kl
         run.optimise(loss)
         if whole:  # with log_z infinite p is 0, and the update is NPID's
@@ -344,7 +347,7 @@ def train(cfg) -> None:
         elif cfg.update == "ema":
             bank.update(labels, z, None, weight)
         else:
-            bank.update(index, z.to(run.dtype), prob, weight, columns, own)
+            bank.update(index, z.to(run.dtype), prob, weight, columns, own, rows)
         run.log(loss=loss, ce=ce, kl=kl)
 
 

@@ -72,7 +72,7 @@ class _Operators(TorchDispatchMode):
         if not view and not operator.name().startswith(self.FREE):
             self.names[operator.name()] += 1
             tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)]
-            if operator.name().startswith(("aten::index.", "aten::index_copy_", "aten::gather")):  # touch the rows that are asked for alone
+            if operator.name().startswith(("aten::index.", "aten::index_select", "aten::index_copy_", "aten::gather")):  # touch the rows that are asked for alone
                 tensors = [tensors[-2 if "copy" in operator.name() else -1]] * 2
             self.bytes += sum(t.numel() * t.element_size() for t in tensors)
         return result
@@ -89,9 +89,10 @@ def npid_step(bank: npid_distill.MemoryBank, update: str, negatives: int, z, ind
     """The losses of one step as npid_distill.train has them, and a function that updates the bank; product: the type of the products."""
     columns, own, repeated = bank.in_play(index, negatives)
     own = torch.stack([own, own[partner]], 1)
-    ce, kl, prob = npid_distill.dense_losses(z, bank.rows[columns].to(product), own, weight, repeated, 0.2, 0.5, False)
+    rows = bank.rows.index_select(0, columns)
+    ce, kl, prob = npid_distill.dense_losses(z, rows.to(product), own, weight, repeated, 0.2, 0.5, False)
     if update == "grad":
-        return ce + 20 * kl, lambda: bank.update(index, z.to(product), prob, weight, columns, own)
+        return ce + 20 * kl, lambda: bank.update(index, z.to(product), prob, weight, columns, own, rows)
     return ce + 20 * kl, lambda: bank.update(torch.stack([index, index[partner]], 1), z, None, weight)
 
 
