@@ -14,6 +14,7 @@
 step: median time of the real training loop's step, all that train() does between two updates included, on resident images.
 floor: forward and backward of the same network on as many resident random views, at the same precision; with the target network's forward
 pass for momentum methods, and with the three products of embeddings and bank rows for NPID. The optimizer is in the step, not in the floor.
+On a CPU steps and floors alternate.
 The split is taken in a second pass, in which every part waits for the device. monitor: what the online kNN takes of the time between two of
 them, at the default of one in five epochs. Each line of the table is also a JSON line in --out.
 """
@@ -22,6 +23,7 @@ import collections
 import functools
 import importlib
 import json
+import operator
 import pathlib
 import resource
 import shlex
@@ -171,18 +173,23 @@ def wait(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def train_for(name: str, flags: list[str], steps: int, warm: int, prepare=lambda run, script: None) -> tuple[common.Run, list[float]]:
-    """Run a method's own train() for warm + steps steps; the run, and the seconds of each of the last steps."""
+def train_for(name: str, flags: list[str], steps: int, warm: int, prepare=lambda run, script: None,
+              between=lambda run: None) -> tuple[common.Run, list[float]]:
+    """Run a method's own train() for warm + steps steps; the run, and the seconds of each of the last steps. prepare(run, script) is called
+    before the first update, between(run) after every step, outside the times."""
     script_name, own = METHODS[name]
-    script, times, runs = importlib.import_module(script_name), [], []
+    script, runs, starts, ends = importlib.import_module(script_name), [], [], []
 
     def optimise(run, loss, optimise=common.Run.optimise):
         if not runs:
             runs.append(run)
             prepare(run, script)
         optimise(run, loss)
-        times.append(wait(run.device) if run.device.type != "cuda" or len(times) in (warm - 1, warm + steps - 1) else None)
-        if len(times) == warm + steps:
+        # On a GPU one wait at either end, so that the host runs ahead as in training.
+        ends.append(wait(run.device) if run.device.type != "cuda" or len(ends) in (warm - 1, warm + steps - 1) else None)
+        between(run)
+        starts.append(time.perf_counter())
+        if len(ends) == warm + steps:
             raise Done
 
     with tempfile.TemporaryDirectory() as out:
@@ -193,14 +200,19 @@ def train_for(name: str, flags: list[str], steps: int, warm: int, prepare=lambda
             pass
         finally:
             common.Run.optimise = real
-    if times[-2] is None:  # on a GPU one wait at either end, so that the host runs ahead as in training
-        return runs[0], [(times[-1] - times[warm - 1]) / steps] * steps
-    return runs[0], [b - a for a, b in zip(times[warm - 1:], times[warm:])]
+    if ends[-2] is None:
+        return runs[0], [(ends[-1] - ends[warm - 1]) / steps] * steps
+    return runs[0], [end - start for start, end in zip(starts[warm - 1:], ends[warm:])]
 
 
 def split(name: str, flags: list[str], steps: int) -> dict[str, float]:
     """Seconds per step by part, each timed with a wait before and after it."""
-    seconds, patched, stack = collections.Counter(), [], []
+    seconds, patched, stack, warm = collections.Counter(), [], [], [2]
+
+    def forget_warm_up(run):
+        if warm[0]:
+            seconds.clear()
+            warm[0] -= 1
 
     def timed(part, function, device):
         @functools.wraps(function)
@@ -228,7 +240,7 @@ def split(name: str, flags: list[str], steps: int) -> dict[str, float]:
             setattr(owner, attribute, timed(part, getattr(owner, attribute), run.device))
 
     try:
-        _, times = train_for(name, flags, steps, 1, prepare)
+        _, times = train_for(name, flags, steps, warm[0], prepare, forget_warm_up)
     finally:
         for owner, attribute, function in reversed(patched):
             setattr(owner, attribute, function)
@@ -236,8 +248,8 @@ def split(name: str, flags: list[str], steps: int) -> dict[str, float]:
     return parts | {"rest": max(0.0, statistics.mean(times) - sum(parts.values()))}
 
 
-def floor(name: str, run: common.Run, steps: int) -> float:
-    """Median seconds of the network alone: forward and backward on random views, and what else the method cannot do without."""
+def floor(name: str, run: common.Run):
+    """A function that does the network's part of a step alone: forward and backward on random views, and what else the method needs."""
     model = run.model["framework"] if isinstance(run.model, torch.nn.ModuleDict) else run.model
     batch, dtype, views = run.batch, run.dtype, {"npid_distill": 1, "bassl": 1 if name == "moco" else 2, "aug_study": 2}[run.method]
     image = lambda n, size: torch.randn(n * batch, 3, size, size, device=run.device).to(memory_format=torch.channels_last)  # noqa: E731
@@ -252,9 +264,8 @@ def floor(name: str, run: common.Run, steps: int) -> float:
         target = getattr(model, "target", None)
         local = aug_study.AUGMENTATIONS[run.cfg.augs or aug_study.METHODS[name].aug].locals if run.method == "aug_study" else 0
     x, small = image(views, run.size), image(local, aug_study.local_size(run.size)) if local else None
-    times = []
-    for _ in range(steps + 2):
-        began = wait(run.device)
+
+    def one_step():
         with run.autocast():
             z = online(x)
             loss = z.float().square().mean() + (online(small).float().square().mean() if local else 0)
@@ -264,10 +275,24 @@ def floor(name: str, run: common.Run, steps: int) -> float:
         if run.method == "npid_distill":
             z = z.detach().to(dtype)
             _ = z @ rows.T, scores @ rows, scores.T @ z  # cosines, their gradient, the rows' update
-        model.zero_grad(set_to_none=True)
         loss.backward()
-        times.append(wait(run.device) - began)
-    return statistics.median(times[2:])
+        model.zero_grad(set_to_none=True)
+
+    return one_step
+
+
+def network_alone(arch: str, stem: str, x: torch.Tensor):
+    """A function that takes views x (B, 3, H, H) forward and backward through an encoder of its own."""
+    encoder, dtype = common.resnet(arch, stem).to(x.device, memory_format=torch.channels_last), common.pick_dtype("auto", x.device)
+    x = x.contiguous(memory_format=torch.channels_last)
+
+    def one_step():
+        with torch.autocast(x.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            z = encoder(x)
+        z.float().square().mean().backward()
+        encoder.zero_grad(set_to_none=True)
+
+    return one_step
 
 
 def setting(name: str, run: common.Run) -> dict:
@@ -277,8 +302,25 @@ def setting(name: str, run: common.Run) -> dict:
 
 
 def bench(name: str, flags: list[str], steps: int) -> dict:
-    run, times = train_for(name, flags, steps, 3)
-    step, least = statistics.median(times), floor(name, run, steps)
+    network, floors = None, []
+
+    def one_floor(run):  # on a CPU after every step, so that both see the same machine
+        nonlocal network
+        network = network or floor(name, run)
+        if run.device.type != "cuda":
+            began = time.perf_counter()
+            network()
+            floors.append(time.perf_counter() - began)
+
+    run, times = train_for(name, flags, steps, 3, between=one_floor)
+    if run.device.type == "cuda":
+        for _ in range(3):
+            network()
+        began = wait(run.device)
+        for _ in range(steps):
+            network()
+        floors = [(wait(run.device) - began) / steps]
+    step, least = statistics.median(times), statistics.median(floors[-steps:])
     began = wait(run.device)
     run.monitor()
     monitor = wait(run.device) - began
@@ -305,18 +347,28 @@ def _one_by_one(self, images, generator=None, views=1, forward=common.BatchAugme
 
 
 def bench_tricks(name: str, flags: list[str], steps: int) -> list[dict]:
-    """Images/s as it is, and with each of CHANGES; the runs as it is stand between the others, so that drift shows. start_s: seconds until
-    the third step is done, compilation included."""
+    """Images/s as it is, and with each of CHANGES. A machine's speed drifts by more than most tricks bring, so every step is followed by one of
+    the bare encoder, which no change touches, and gains are of their ratio. start_s: seconds until the third step is done, with compilation."""
     rows, memory, forward = [], common.keep_memory, common.BatchAugment.forward
 
     def row(change, extra=(), prepare=lambda run, script: None):
-        began = time.perf_counter()
-        run, times = train_for(name, [*flags, *extra], steps, 3, prepare)
-        rows.append({**setting(name, run), "change": change,
-                     "images_per_s": round(run.cfg.batch / statistics.median(times), 1), "start_s": round(time.perf_counter() - began - sum(times), 1),
-                     "device": common.device_name(run.device), "torch": torch.__version__})
+        alone, spent = None, []
 
-    common.keep_memory = lambda: None  # first, for it cannot be undone
+        def between(run):
+            nonlocal alone
+            alone = alone or network_alone(run.cfg.arch, run.stem, torch.randn(2 * run.batch, 3, run.size, run.size, device=run.device))
+            started = wait(run.device)
+            alone()
+            spent.append(wait(run.device) - started)
+
+        began = time.perf_counter()
+        run, times = train_for(name, [*flags, *extra], steps, 3, prepare, between)
+        whole = time.perf_counter() - began
+        rows.append({**setting(name, run), "change": change, "images_per_s": round(run.cfg.batch / statistics.median(times), 1),
+                     "step/encoder": round(statistics.median(map(operator.truediv, times, spent[-steps:])), 3),
+                     "start_s": round(whole - sum(times) - sum(spent), 1), "device": common.device_name(run.device), "torch": torch.__version__})
+
+    common.keep_memory = lambda: None  # first, for it cannot be undone; the encoder beside it is without it too
     row("without memory kept by malloc")
     common.keep_memory = memory
     for name_of_change, change in CHANGES.items():
@@ -324,9 +376,9 @@ def bench_tricks(name: str, flags: list[str], steps: int) -> list[dict]:
         row(name_of_change, *([change] if isinstance(change, list) else [[], change]))
         common.BatchAugment.forward = forward
     row("")
-    as_it_is = statistics.median(r["images_per_s"] for r in rows if not r["change"])
+    as_it_is = statistics.median(r["step/encoder"] for r in rows if not r["change"])
     for r in rows:
-        r["against as it is, %"] = round(100 * (r["images_per_s"] / as_it_is - 1), 1)
+        r["speed against as it is, %"] = round(100 * (as_it_is / r["step/encoder"] - 1), 1)
     return rows
 
 
@@ -428,15 +480,7 @@ def bench_data(folder: str, arch: str, batch: int, size: int, device: torch.devi
     stage("transfer to the device", lambda: x.to(device, copy=True))
     on_device, augment = x.to(device), common.BatchAugment(size).to(device)
     stage("augment, one view", lambda: augment(on_device))
-    encoder = common.resnet(arch, "imagenet").to(device, memory_format=torch.channels_last)
-    views, dtype = augment(on_device).contiguous(memory_format=torch.channels_last), common.pick_dtype("auto", device)
-
-    def network():
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            z = encoder(views)
-        z.float().square().mean().backward()
-
-    stage(f"{arch}, forward and backward, one view", network, 2)
+    stage(f"{arch}, forward and backward, one view", network_alone(arch, "imagenet", augment(on_device)), 2)
     return rows
 
 
