@@ -319,14 +319,15 @@ def bench(name: str, flags: list[str], steps: int) -> dict:
         began = wait(run.device)
         for _ in range(steps):
             network()
-        floors = [(wait(run.device) - began) / steps]
+        floors = [(wait(run.device) - began) / steps] * steps
     step, least = statistics.median(times), statistics.median(floors[-steps:])
+    ratio = statistics.median(f / t for f, t in zip(floors[-steps:], times))
     began = wait(run.device)
     run.monitor()
     monitor = wait(run.device) - began
     parts = split(name, flags, max(2, steps // 2))
     memory = torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {**setting(name, run), "images_per_s": round(run.cfg.batch / step, 1), "step_ms": round(1e3 * step, 1), "floor_ms": round(1e3 * least, 1), "floor/step": round(least / step, 3),
+    return {**setting(name, run), "images_per_s": round(run.cfg.batch / step, 1), "step_ms": round(1e3 * step, 1), "floor_ms": round(1e3 * least, 1), "floor/step": round(ratio, 3),
             **{f"{part} %": round(100 * spent / sum(parts.values()), 1) for part, spent in sorted(parts.items())},
             "monitor %": round(100 * monitor / (monitor + common.RunConfig.knn_every * run.steps_per_epoch * step), 1),
             "peak_GB": round(memory / 1e9, 2), "device": common.device_name(run.device), "torch": torch.__version__}
