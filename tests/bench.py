@@ -13,8 +13,8 @@
 
 step: median time of the real training loop's step, all that train() does between two updates included, on resident images.
 floor: forward and backward of the same network on as many resident random views, at the same precision; with the target network's forward
-pass for momentum methods, and with the three products of embeddings and bank rows for NPID. The optimizer is in the step, not in the floor.
-On a CPU steps and floors alternate.
+pass for momentum methods, the gradient of the images for a fusion, and the three products of embeddings and bank rows for NPID. The
+optimizer is in the step, not in the floor. On a CPU steps and floors alternate, and the ratio is the median of neighbouring ones.
 The split is taken in a second pass, in which every part waits for the device. monitor: what the online kNN takes of the time between two of
 them, at the default of one in five epochs. Each line of the table is also a JSON line in --out.
 """
@@ -264,6 +264,7 @@ def floor(name: str, run: common.Run):
         target = getattr(model, "target", None)
         local = aug_study.AUGMENTATIONS[run.cfg.augs or aug_study.METHODS[name].aug].locals if run.method == "aug_study" else 0
     x, small = image(views, run.size), image(local, aug_study.local_size(run.size)) if local else None
+    x.requires_grad_(run.method == "bassl" and run.cfg.layers > 0)  # a fusion that learns needs the gradient of the images
 
     def one_step():
         with run.autocast():
@@ -277,6 +278,7 @@ def floor(name: str, run: common.Run):
             _ = z @ rows.T, scores @ rows, scores.T @ z  # cosines, their gradient, the rows' update
         loss.backward()
         model.zero_grad(set_to_none=True)
+        x.grad = None
 
     return one_step
 
