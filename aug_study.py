@@ -140,7 +140,8 @@ def dino_loss(student: Tensor, teacher: Tensor, center: Tensor, temperature: flo
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the study. loss(online (B, D), target (B, D), queue or centre) is called for every pair of views."""
+    """One row of the study. loss(online (B, D), target (B, D), queue or centre) is called for every pair of views; it is symmetric where
+    target_gradient is set."""
     loss: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     projector: tuple[int, ...]           # widths after the encoder's
     predictor: tuple[int, ...] = ()      # widths; () = none
@@ -260,7 +261,10 @@ class Template(nn.Module):
         online, targets = list(map(self.gather, online)), list(map(self.gather, targets))
         self.keys = torch.cat(targets).detach()                                         # (2B, D), B now of all processes
         memory = self.queue if self.method.queue else self.center
-        losses = [self.method.loss(online[v], targets[g], memory) for g in range(2) for v in range(len(online)) if v != g]
+        loss = lambda v, g: self.method.loss(online[v], targets[g], memory)  # noqa: E731
+        same_branch = self.method.target_gradient and not self.method.momentum and not self.method.predictor
+        losses = [loss(1, 0)] * 2 if same_branch else [loss(1, 0), loss(0, 1)]           # of one branch, both are the same number
+        losses += [loss(v, g) for g in range(2) for v in range(2, len(online))]          # local views
         return torch.stack(losses).mean()
 
     @torch.no_grad()

@@ -238,6 +238,35 @@ def collect(x: Tensor) -> Tensor | None:
     return torch.cat(pieces)
 
 
+class _Normalise(torch.autograd.Function):
+    """Batch norm over all processes (Ioffe & Szegedy 2015, algorithm 1): x (B, C, ...), weight and bias (C,) -> y, mean, variance. Written out
+    so that it keeps x for the backward pass and no float32 copy of it, which is what torch's own keeps."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        dims, shape = [d for d in range(x.ndim) if d != 1], [-1 if d == 1 else 1 for d in range(x.ndim)]
+        y, count = x.to(torch.promote_types(x.dtype, torch.float32), copy=True), world() * x.numel() // x.shape[1]
+        mean = total(y.sum(dims)) / count
+        y -= mean.view(shape)
+        variance = total(torch.linalg.vector_norm(y, dim=dims).square()) / count
+        scale = (variance + eps).rsqrt()
+        ctx.save_for_backward(x, weight, mean, scale)
+        ctx.mark_non_differentiable(mean, variance)
+        return y.mul_((weight * scale).view(shape)).add_(bias.view(shape)).to(x.dtype), mean, variance
+
+    @staticmethod
+    def backward(ctx, gradient, *_):
+        x, weight, mean, scale = ctx.saved_tensors
+        dims, shape = [d for d in range(x.ndim) if d != 1], [-1 if d == 1 else 1 for d in range(x.ndim)]
+        g, count = gradient.to(mean.dtype, copy=True), world() * x.numel() // x.shape[1]
+        y = x.to(mean.dtype, copy=True).sub_(mean.view(shape)).mul_(scale.view(shape))          # normalised
+        own = torch.stack([g.sum(dims), (g * y).sum(dims)])                                     # (2, C)
+        over_all = total(own) / count
+        g -= over_all[0].view(shape)
+        g -= y.mul_(over_all[1].view(shape))
+        return g.mul_((weight * scale).view(shape)).to(x.dtype), own[1], own[0], None
+
+
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm over the batch of all processes, for CPUs; torch's SyncBatchNorm, which CUDA gets, refuses them."""
 
@@ -248,16 +277,13 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not self.training:
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
-            dims, shape = [d for d in range(x.ndim) if d != 1], [-1 if d == 1 else 1 for d in range(x.ndim)]
-            y, count = x.float(), world() * x.numel() // x.shape[1]
-            mean = total(y.sum(dims)) / count
-            y = y - mean.view(shape)
-            variance = total(y.square().sum(dims)) / count
+            y, mean, variance = _Normalise.apply(x, self.weight, self.bias, self.eps)
             with torch.no_grad():
+                count = world() * x.numel() // x.shape[1]
                 self.running_mean.lerp_(mean, self.momentum)
                 self.running_var.lerp_(variance * count / (count - 1), self.momentum)
                 self.num_batches_tracked += 1
-            return (y * (self.weight * (variance + self.eps).rsqrt()).view(shape) + self.bias.view(shape)).to(x.dtype)
+            return y
 
 
 def synchronise_norms(model: nn.Module, device: torch.device) -> nn.Module:

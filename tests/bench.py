@@ -23,6 +23,7 @@ import collections
 import functools
 import importlib
 import json
+import multiprocessing
 import operator
 import pathlib
 import resource
@@ -135,9 +136,9 @@ def predict(name: str, arch: str, stem: str, batch: int, size: int, dim: int) ->
     else:
         width = 2048 if name in ("simsiam", "barlow", "vicreg", "dino") else 512 if name == "swav" else 256 if name == "byol" else 128
         z1, z2, queue = torch.randn(batch, width), torch.randn(batch, width), torch.randn(4096, width)
-        update, pairs, product = (lambda: None), {"moco": 1}.get(name, 2 + 2 * augmentation.locals), 0
+        update, product = (lambda: None), 0
         loss = (lambda: method.loss(z1, z2, queue[:1] if name == "dino" else queue)) if method else (lambda: aug_study.nt_xent(z1, z2))
-        pairs = 1 if name.startswith("simclr") else pairs
+        pairs = 1 if script == "bassl" or method.target_gradient else 2 + 2 * augmentation.locals
     with FakeTensorMode(), FlopCounterMode(display=False) as flops:
         encoder = common.resnet(arch, stem)
         encoder(torch.randn(batch, 3, size, size))
@@ -351,8 +352,9 @@ def _one_by_one(self, images, generator=None, views=1, forward=common.BatchAugme
 
 def bench_tricks(name: str, flags: list[str], steps: int) -> list[dict]:
     """Images/s as it is, and with each of CHANGES. A machine's speed drifts by more than most tricks bring, so every step is followed by one of
-    the bare encoder, which no change touches, and gains are of their ratio. start_s: seconds until the third step is done, with compilation."""
-    rows, memory, forward = [], common.keep_memory, common.BatchAugment.forward
+    the bare encoder, which no change touches, and gains are of their ratio. start_s: seconds until the third step is done, with compilation.
+    What malloc does cannot be undone, and is compared between processes that take turns."""
+    rows, forward = [], common.BatchAugment.forward
 
     def row(change, extra=(), prepare=lambda run, script: None):
         alone, spent = None, []
@@ -371,9 +373,6 @@ def bench_tricks(name: str, flags: list[str], steps: int) -> list[dict]:
                      "step/encoder": round(statistics.median(map(operator.truediv, times, spent[-steps:])), 3),
                      "start_s": round(whole - sum(times) - sum(spent), 1), "device": common.device_name(run.device), "torch": torch.__version__})
 
-    common.keep_memory = lambda: None  # first, for it cannot be undone; the encoder beside it is without it too
-    row("without memory kept by malloc")
-    common.keep_memory = memory
     for name_of_change, change in CHANGES.items():
         row("")
         row(name_of_change, *([change] if isinstance(change, list) else [[], change]))
@@ -382,7 +381,20 @@ def bench_tricks(name: str, flags: list[str], steps: int) -> list[dict]:
     as_it_is = statistics.median(r["step/encoder"] for r in rows if not r["change"])
     for r in rows:
         r["speed against as it is, %"] = round(100 * (as_it_is / r["step/encoder"] - 1), 1)
+    turns = []
+    for kept in (True, False) * 3:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            turns.append(pool.apply(seconds_per_step, (name, flags, steps, kept)))
+    gain = statistics.median(kept / without for kept, without in zip(turns[::2], turns[1::2]))
+    rows.append(rows[0] | {"change": "without memory kept by malloc", "images_per_s": round(rows[0]["batch"] / statistics.median(turns[1::2]), 1),
+                           "step/encoder": "", "start_s": "", "speed against as it is, %": round(100 * (gain - 1), 1)})
     return rows
+
+
+def seconds_per_step(name: str, flags: list[str], steps: int, keep_memory: bool) -> float:
+    if not keep_memory:
+        common.keep_memory = lambda: None
+    return statistics.median(train_for(name, flags, steps, 3)[1])
 
 
 class Memory:

@@ -1,6 +1,7 @@
 """The command line as a user meets it: every command of the README, wrong usage, broken input, and what is left on disk."""
 import importlib
 import io
+import json
 import os
 import re
 import runpy
@@ -184,6 +185,21 @@ def test_every_table_of_a_study_in_the_readme_is_made_from_committed_rows():
         cfg = common.parse(aug_study.Config, "", shlex.split(rows[0]["command"])[2:])
         table = [line for line in aug_study.report(cfg, accuracy, rates, []).splitlines() if line]
         assert table and not [line for line in table if line not in readme]
+
+
+def test_every_table_of_the_bench_in_the_readme_is_made_from_committed_rows():
+    """Its columns are keys of the rows, and each of its lines shows one row."""
+    tables = re.findall(r"^\| .*\n\|-.*\n(?:\|.*\n)+", (ROOT / "README.md").read_text(), re.M)
+    cells = [[[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()] for table in tables]
+    files = sorted((ROOT / "results" / "bench").glob("*.jsonl"))
+    assert files
+    for file in files:
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        mine = [(head, lines) for head, _, *lines in cells if any(set(head) <= set(row) for row in rows)]
+        assert mine, f"no table in the README shows {file.name}"
+        for head, lines in mine:
+            shown = [[str(row.get(key, "")) for key in head] for row in rows]
+            assert not [line for line in lines if line not in shown], file.name
 
 
 SHORT = ["--dataset", "shapes", "--device", "cpu", "--size", "16", "--arch", "resnet10", "--stem", "imagenet"]
