@@ -207,6 +207,14 @@ class _Sum(torch.autograd.Function):
         return gradient
 
 
+def launched_by() -> str:
+    """The command line of this run, torchrun and its processes included."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world()))  # processes on this node
+    nodes = [f"--nnodes={world() // here}"] if world() > here else []
+    launcher = ["torchrun", *nodes, f"--nproc-per-node={here}"] if world() > 1 else [pathlib.Path(sys.executable).name]
+    return shlex.join([*launcher, *sys.argv])
+
+
 def gather(x: Tensor) -> Tensor:
     """(B / processes, ...) of every process -> (B, ...) in their order, with gradient; x itself where there is one process."""
     return x if world() == 1 else _Gather.apply(x)
@@ -1085,7 +1093,7 @@ class Run:
                   "images": len(self.images), "steps": self.steps, "effective_lr": self.lr, "precision": str(self.dtype).removeprefix("torch."),
                   "device": device_name(self.device), "processes": world(), "parameters": sum(p.numel() for p in model.parameters()),
                   "encoder_parameters": sum(p.numel() for p in encoder.parameters()),
-                  "sha": git_sha(), "torch": torch.__version__, "command": shlex.join([pathlib.Path(sys.executable).name, *sys.argv]),
+                  "sha": git_sha(), "torch": torch.__version__, "command": launched_by(),
                   "started": datetime.datetime.now().isoformat(timespec="seconds")}
         say(f"{self.method} {self.variant}: {self.cfg.dataset}, {len(self.images)} images, {self.steps} steps ({self.cfg.epochs} epochs), "
             f"lr {self.lr:.4g} = {self.cfg.lr:g} x {self.cfg.batch}/256, {header['device']}, {header['precision']}, "

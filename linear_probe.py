@@ -21,7 +21,6 @@ import io
 import json
 import math
 import pathlib
-import shlex
 import statistics
 import sys
 import time
@@ -443,13 +442,12 @@ def probe(cfg: Config) -> dict | None:
         raise RunError("the backbone changed while it was probed: this is a bug, and no row is written")
     if rank():
         return None
-    command = shlex.join([pathlib.Path(sys.executable).name, *sys.argv])
     facts = {"method": "random" if cfg.random else pathlib.Path(cfg.backbone).stem, "variant": "untrained" if cfg.random else "", "seed": cfg.seed,
-             "device": common.device_name(device), "precision": "float32", "sha": common.git_sha(), "torch": torch.__version__, "command": command}
+             "device": common.device_name(device), "precision": "float32", "sha": common.git_sha(), "torch": torch.__version__, "command": common.launched_by()}
     row = {"dataset": cfg.dataset, **facts, **run_facts(cfg.backbone), "arch": arch, "stem": stem, "fraction": cfg.fraction,
            **{name: round(value, 2) for name, value in metrics.items()}, "linear_epochs": cfg.epochs,
            "probe_minutes": round((time.monotonic() - began) / 60, 2),
-           "probe_command": command}
+           "probe_command": common.launched_by()}
     out = pathlib.Path(cfg.out or (f"runs/{cfg.dataset}/random" if cfg.random else pathlib.Path(cfg.backbone).parent))
     out.mkdir(parents=True, exist_ok=True)
     results = out / "results.jsonl"

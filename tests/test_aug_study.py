@@ -111,6 +111,17 @@ def test_dinos_centre_moves_by_its_rate():
     torch.testing.assert_close(model.center, 0.1 * model.keys.mean(0, keepdim=True))
 
 
+@pytest.mark.parametrize("name, options", [("simclr", {}), ("barlow", {}), ("vicreg", {}), ("simclr", {"predictor": "on"}), ("simclr", {"momentum": "on"}), ("byol", {})])
+def test_the_loss_is_the_mean_over_all_pairs_of_a_view_and_a_global_one(name, options):
+    model = template(name, **options)
+    views = torch.randn(16, 3, 32, 32), torch.randn(8, 3, 18, 18)                        # two global views of eight images, one local
+    z = model.projector(model.encoder(views[0]))
+    online = [*model.predictor(z).chunk(2), model.predictor(model.projector(model.encoder(views[1])))]
+    targets = (model.target(views[0]) if model.method.momentum else z).chunk(2)
+    losses = [model.method.loss(online[v], targets[g], None) for g in range(2) for v in range(3) if v != g]
+    torch.testing.assert_close(model(*views), sum(losses) / 4)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_only_the_online_branch_gets_a_gradient_and_all_of_it_does(name):
     model = template(name)

@@ -78,6 +78,7 @@ def test_fusion_is_of_each_process_own_batch_and_the_probe_is_shared(tmp_path):
     status, _, stderr = run_script(*probe)
     assert status == 0, stderr
     two, one = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert all(two[key].startswith("torchrun --nproc-per-node=2 ") for key in ("command", "probe_command"))
     for metric in ("knn_top1", "knn20_top1", "probe_top1", "linear_top1"):
         assert two[metric] == pytest.approx(one[metric], abs=0.3)                       # of 2,000 images; sums in another order
 
