@@ -20,6 +20,7 @@ them, at the default of one in five epochs. Each line of the table is also a JSO
 """
 import argparse
 import collections
+import concurrent.futures
 import functools
 import importlib
 import json
@@ -383,8 +384,8 @@ def bench_tricks(name: str, flags: list[str], steps: int) -> list[dict]:
         r["speed against as it is, %"] = round(100 * (as_it_is / r["step/encoder"] - 1), 1)
     turns = []
     for kept in (True, False) * 3:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            turns.append(pool.apply(seconds_per_step, (name, flags, steps, kept)))
+        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            turns.append(process.submit(seconds_per_step, name, flags, steps, kept).result())
     gain = statistics.median(kept / without for kept, without in zip(turns[::2], turns[1::2]))
     rows.append(rows[0] | {"change": "without memory kept by malloc", "images_per_s": round(rows[0]["batch"] / statistics.median(turns[1::2]), 1),
                            "step/encoder": "", "start_s": "", "speed against as it is, %": round(100 * (gain - 1), 1)})
