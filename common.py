@@ -6,7 +6,6 @@ Shapes: B batch, V views, C channels, H x W pixels of the stored image, S pixels
 """
 import argparse
 import contextlib
-import ctypes
 import dataclasses
 import datetime
 import fcntl
@@ -873,15 +872,6 @@ def _cpu_flags() -> list[str]:
     return info.read_text().split() if info.exists() else []
 
 
-def keep_memory() -> None:
-    """Tell glibc's malloc to keep freed memory: without this every large tensor is mapped and faulted in anew, which doubles the cost of
-    the augmentation on a CPU. Does nothing where the C library has no mallopt."""
-    with contextlib.suppress(AttributeError, OSError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)            # M_MMAP_MAX: no allocation is a mapping of its own
-        libc.mallopt(-1, 2**31 - 1)    # M_TRIM_THRESHOLD: do not give the top of the heap back
-
-
 class LARS(torch.optim.Optimizer):
     """SGD with momentum whose step is scaled, per tensor, by trust * |w| / |g + wd w| (You et al. 2017, algorithm 1).
 
@@ -1041,8 +1031,6 @@ class Run:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = not cfg.deterministic
-        if self.device.type == "cpu":
-            keep_memory()
         self.size = pick_size(cfg.size, cfg.dataset)
         self.stem = pick_stem(cfg.stem, self.size)
         if self.device.type == "cpu" and self.stem == "imagenet" and self.size <= 16:

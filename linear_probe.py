@@ -409,8 +409,6 @@ def probe(cfg: Config) -> dict | None:
     if cfg.neighbours and world() > 1:
         raise UsageError("--neighbours draws in one process: start it without torchrun")
     device = common.pick_device(cfg.device)
-    if device.type == "cpu":
-        common.keep_memory()
     size = common.pick_size(cfg.size, cfg.dataset)
     torch.manual_seed(cfg.seed)
     if cfg.random:

@@ -16,15 +16,14 @@ floor: forward and backward of the same network on as many resident random views
 pass for momentum methods, the gradient of the images for a fusion, and the three products of embeddings and bank rows for NPID. The
 optimizer is in the step, not in the floor. On a CPU steps and floors alternate, and the ratio is the median of neighbouring ones.
 The split is taken in a second pass, in which every part waits for the device. monitor: what the online kNN takes of the time between two of
-them, at the default of one in five epochs. Each line of the table is also a JSON line in --out.
+them, at the default of one in five epochs. peak_GB: on a CPU of the process up to then, so it is a method's own where it is the first of a
+call. Each line of the table is also a JSON line in --out.
 """
 import argparse
 import collections
-import concurrent.futures
 import functools
 import importlib
 import json
-import multiprocessing
 import operator
 import pathlib
 import resource
@@ -353,8 +352,7 @@ def _one_by_one(self, images, generator=None, views=1, forward=common.BatchAugme
 
 def bench_tricks(name: str, flags: list[str], steps: int) -> list[dict]:
     """Images/s as it is, and with each of CHANGES. A machine's speed drifts by more than most tricks bring, so every step is followed by one of
-    the bare encoder, which no change touches, and gains are of their ratio. start_s: seconds until the third step is done, with compilation.
-    What malloc does cannot be undone, and is compared between processes that take turns."""
+    the bare encoder, which no change touches, and gains are of their ratio. start_s: seconds until the third step is done, with compilation."""""
     rows, forward = [], common.BatchAugment.forward
 
     def row(change, extra=(), prepare=lambda run, script: None):
@@ -382,20 +380,7 @@ def bench_tricks(name: str, flags: list[str], steps: int) -> list[dict]:
     as_it_is = statistics.median(r["step/encoder"] for r in rows if not r["change"])
     for r in rows:
         r["speed against as it is, %"] = round(100 * (as_it_is / r["step/encoder"] - 1), 1)
-    turns = []
-    for kept in (True, False) * 3:
-        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            turns.append(process.submit(seconds_per_step, name, flags, steps, kept).result())
-    gain = statistics.median(kept / without for kept, without in zip(turns[::2], turns[1::2]))
-    rows.append(rows[0] | {"change": "without memory kept by malloc", "images_per_s": round(rows[0]["batch"] / statistics.median(turns[1::2]), 1),
-                           "step/encoder": "", "start_s": "", "speed against as it is, %": round(100 * (gain - 1), 1)})
     return rows
-
-
-def seconds_per_step(name: str, flags: list[str], steps: int, keep_memory: bool) -> float:
-    if not keep_memory:
-        common.keep_memory = lambda: None
-    return statistics.median(train_for(name, flags, steps, 3)[1])
 
 
 class Memory:
@@ -510,6 +495,8 @@ def draw(path: str, rows: list[dict]) -> None:
         points = [(row[x], row[y]) for row in rows if row[line] == name]
         axis.plot(*zip(*points), marker="o", label=f"{line} {name}" if line == "negatives" else name)
     axis.set(xlabel=x, ylabel={"ms": "ms a step", "images_per_s": "images/s"}[y], xscale="log", yscale="log" if y == "ms" else "linear")
+    if y == "images_per_s":
+        axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(path, dpi=110)

@@ -191,15 +191,14 @@ def test_every_table_of_the_bench_in_the_readme_is_made_from_committed_rows():
     """Its columns are keys of the rows, and each of its lines shows one row."""
     tables = re.findall(r"^\| .*\n\|-.*\n(?:\|.*\n)+", (ROOT / "README.md").read_text(), re.M)
     cells = [[[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()] for table in tables]
-    files = sorted((ROOT / "results" / "bench").glob("*.jsonl"))
-    assert files
-    for file in files:
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
-        mine = [(head, lines) for head, _, *lines in cells if any(set(head) <= set(row) for row in rows)]
-        assert mine, f"no table in the README shows {file.name}"
-        for head, lines in mine:
-            shown = [[str(row.get(key, "")) for key in head] for row in rows]
-            assert not [line for line in lines if line not in shown], file.name
+    files = {file.name: [json.loads(line) for line in file.read_text().splitlines()] for file in (ROOT / "results" / "bench").glob("*.jsonl")}
+    seen = set()
+    for head, _, *lines in cells:
+        if any(set(head) <= set(row) for rows in files.values() for row in rows):
+            source = {tuple(str(row.get(key, "")) for key in head): name for name, rows in files.items() for row in rows}
+            assert not [line for line in lines if tuple(line) not in source]
+            seen |= {source[tuple(line)] for line in lines}
+    assert seen == set(files)
 
 
 SHORT = ["--dataset", "shapes", "--device", "cpu", "--size", "16", "--arch", "resnet10", "--stem", "imagenet"]
