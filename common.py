@@ -247,7 +247,7 @@ def collect(x: Tensor) -> Tensor | None:
 
 class _Normalise(torch.autograd.Function):
     """Batch norm over all processes (Ioffe & Szegedy 2015, algorithm 1): x (B, C, ...), weight and bias (C,) -> y, mean, variance. Written out
-    so that it keeps x for the backward pass and no float32 copy of it, which is what torch's own keeps."""
+    so that the backward pass keeps x alone, as that of torch's batch norm does, and no float32 copy of it."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
