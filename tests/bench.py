@@ -23,6 +23,7 @@ import argparse
 import collections
 import functools
 import importlib
+import itertools
 import json
 import operator
 import pathlib
@@ -175,21 +176,23 @@ def wait(device: torch.device) -> float:
 
 
 def train_for(name: str, flags: list[str], steps: int, warm: int, prepare=lambda run, script: None,
-              between=lambda run: None) -> tuple[common.Run, list[float]]:
-    """Run a method's own train() for warm + steps steps; the run, and the seconds of each of the last steps. prepare(run, script) is called
-    before the first update, between(run) after every step, outside the times."""
+              beside=None) -> tuple[common.Run, list[float], list[float]]:
+    """Run a method's own train() for warm + steps steps, with prepare(run, script) before the first update. beside(run) gives a function to call
+    after every step. Returns the run, the seconds of each of the last steps, and those of every call beside them."""
     script_name, own = METHODS[name]
-    script, runs, starts, ends = importlib.import_module(script_name), [], [], []
+    script, runs, after, starts, ends = importlib.import_module(script_name), [], [], [], []
 
     def optimise(run, loss, optimise=common.Run.optimise):
         if not runs:
             runs.append(run)
             prepare(run, script)
+            after.extend([beside(run)] if beside else [])
         optimise(run, loss)
-        # On a GPU one wait at either end, so that the host runs ahead as in training.
-        ends.append(wait(run.device) if run.device.type != "cuda" or len(ends) in (warm - 1, warm + steps - 1) else None)
-        between(run)
-        starts.append(time.perf_counter())
+        # On a GPU with nothing beside the steps one wait at either end, so that the host runs ahead as in training.
+        ends.append(wait(run.device) if after or run.device.type != "cuda" or len(ends) in (warm - 1, warm + steps - 1) else None)
+        for function in after:
+            function()
+        starts.append(wait(run.device) if after else time.perf_counter())
         if len(ends) == warm + steps:
             raise Done
 
@@ -202,18 +205,17 @@ def train_for(name: str, flags: list[str], steps: int, warm: int, prepare=lambda
         finally:
             common.Run.optimise = real
     if ends[-2] is None:
-        return runs[0], [(ends[-1] - ends[warm - 1]) / steps] * steps
-    return runs[0], [end - start for start, end in zip(starts[warm - 1:], ends[warm:])]
+        return runs[0], [(ends[-1] - ends[warm - 1]) / steps] * steps, []
+    return runs[0], [end - start for start, end in zip(starts[warm - 1:], ends[warm:])], [start - end for start, end in zip(starts, ends)]
 
 
 def split(name: str, flags: list[str], steps: int) -> dict[str, float]:
     """Seconds per step by part, each timed with a wait before and after it."""
-    seconds, patched, stack, warm = collections.Counter(), [], [], [2]
+    seconds, patched, stack, done, warm = collections.Counter(), [], [], itertools.count(1), 2
 
-    def forget_warm_up(run):
-        if warm[0]:
+    def forget_warm_up():
+        if next(done) <= warm:
             seconds.clear()
-            warm[0] -= 1
 
     def timed(part, function, device):
         @functools.wraps(function)
@@ -241,7 +243,7 @@ def split(name: str, flags: list[str], steps: int) -> dict[str, float]:
             setattr(owner, attribute, timed(part, getattr(owner, attribute), run.device))
 
     try:
-        _, times = train_for(name, flags, steps, warm[0], prepare, forget_warm_up)
+        _, times, _ = train_for(name, flags, steps, warm, prepare, lambda run: forget_warm_up)
     finally:
         for owner, attribute, function in reversed(patched):
             setattr(owner, attribute, function)
@@ -304,19 +306,11 @@ def setting(name: str, run: common.Run) -> dict:
             "precision": str(run.dtype).removeprefix("torch.")}
 
 
-def bench(name: str, flags: list[str], steps: int) -> dict:
-    network, floors = None, []
-
-    def one_floor(run):  # on a CPU after every step, so that both see the same machine
-        nonlocal network
-        network = network or floor(name, run)
-        if run.device.type != "cuda":
-            began = time.perf_counter()
-            network()
-            floors.append(time.perf_counter() - began)
-
-    run, times = train_for(name, flags, steps, 3, between=one_floor)
-    if run.device.type == "cuda":
+def bench(name: str, flags: list[str], steps: int, device: torch.device) -> dict:
+    on_gpu = device.type == "cuda"
+    run, times, floors = train_for(name, flags, steps, 3, beside=None if on_gpu else functools.partial(floor, name))
+    if on_gpu:
+        network = floor(name, run)
         for _ in range(3):
             network()
         began = wait(run.device)
@@ -329,7 +323,7 @@ def bench(name: str, flags: list[str], steps: int) -> dict:
     run.monitor()
     monitor = wait(run.device) - began
     parts = split(name, flags, max(2, steps // 2))
-    memory = torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory = torch.cuda.max_memory_allocated(run.device) if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {**setting(name, run), "images_per_s": round(run.cfg.batch / step, 1), "step_ms": round(1e3 * step, 1), "floor_ms": round(1e3 * least, 1), "floor/step": round(ratio, 3),
             **{f"{part} %": round(100 * spent / sum(parts.values()), 1) for part, spent in sorted(parts.items())},
             "monitor %": round(100 * monitor / (monitor + common.RunConfig.knn_every * run.steps_per_epoch * step), 1),
@@ -352,21 +346,15 @@ def _one_by_one(self, images, generator=None, views=1, forward=common.BatchAugme
 
 def bench_tricks(name: str, flags: list[str], steps: int) -> list[dict]:
     """Images/s as it is, and with each of CHANGES. A machine's speed drifts by more than most tricks bring, so every step is followed by one of
-    the bare encoder, which no change touches, and gains are of their ratio. start_s: seconds until the third step is done, with compilation."""""
+    the bare encoder, which no change touches, and gains are of their ratio. start_s: seconds until the third step is done, with compilation."""
     rows, forward = [], common.BatchAugment.forward
 
+    def encoder(run):
+        return network_alone(run.cfg.arch, run.stem, torch.randn(2 * run.batch, 3, run.size, run.size, device=run.device))
+
     def row(change, extra=(), prepare=lambda run, script: None):
-        alone, spent = None, []
-
-        def between(run):
-            nonlocal alone
-            alone = alone or network_alone(run.cfg.arch, run.stem, torch.randn(2 * run.batch, 3, run.size, run.size, device=run.device))
-            started = wait(run.device)
-            alone()
-            spent.append(wait(run.device) - started)
-
         began = time.perf_counter()
-        run, times = train_for(name, [*flags, *extra], steps, 3, prepare, between)
+        run, times, spent = train_for(name, [*flags, *extra], steps, 3, prepare, encoder)
         whole = time.perf_counter() - began
         rows.append({**setting(name, run), "change": change, "images_per_s": round(run.cfg.batch / statistics.median(times), 1),
                      "step/encoder": round(statistics.median(map(operator.truediv, times, spent[-steps:])), 3),
@@ -426,10 +414,9 @@ def bench_bank(rows: int, dim: int, batch: int, negatives: int, steps: int, devi
         began = wait(device)
         with Memory(device) as memory:
             if negatives:
-                columns, own, repeated = bank.in_play(index, negatives)
-                ce, kl, prob = npid_distill.dense_losses(z, bank.rows[columns], torch.stack([own, own[partner]], 1), weight, repeated, 0.2, 0.5, False)
-                (ce + 20 * kl).backward()
-                bank.update(index, z, prob, weight, columns, torch.stack([own, own[partner]], 1))
+                loss, update = npid_step(bank, "grad", negatives, z, index, partner, weight)
+                loss.backward()
+                update()
             else:
                 labels = torch.stack([index, index[partner]], 1)
                 ce, kl, log_z = npid_distill.chunked_losses(z, bank.rows, labels, weight, 0.2, 0.5, False, 8192)
@@ -529,7 +516,7 @@ def main() -> None:
         if "images_per_s" in row:
             print(f"{row.get('method') or row.get('stage') or row.get('bank rows')}: {row['images_per_s']} images/s", file=sys.stderr, flush=True)
         if args.out:
-            common.append_line(pathlib.Path(args.out), json.dumps(row | {"command": shlex.join(["python", *sys.argv])}))
+            common.append_line(pathlib.Path(args.out), json.dumps(row | {"command": common.launched_by()}))
 
     if args.photos:
         for row in bench_data(args.photos, args.arch, args.batch, args.size or 224, device):
@@ -548,7 +535,7 @@ def main() -> None:
     else:
         for batch in map(int, (args.batches or str(args.batch)).split(",")):
             for name in names:
-                take(bench(name, [*flags(batch), *own(name)], args.steps))
+                take(bench(name, [*flags(batch), *own(name)], args.steps, device))
     if args.peer:
         done = subprocess.run(args.peer, shell=True, capture_output=True, text=True, check=True)
         take({"method": f"peer: {args.peer}", "images_per_s": float(done.stdout.split()[-1])})
