@@ -257,13 +257,14 @@ class Template(nn.Module):
         if self.method.momentum:
             with torch.no_grad():
                 z = self.target(global_views)
-        targets = (z if self.method.target_gradient and not self.method.momentum else z.detach()).split(batch)
+        shared = self.method.target_gradient and not self.method.momentum                # the target is the online branch
+        targets = (z if shared else z.detach()).split(batch)
         online, targets = list(map(self.gather, online)), list(map(self.gather, targets))
         self.keys = torch.cat(targets).detach()                                         # (2B, D), B now of all processes
         memory = self.queue if self.method.queue else self.center
         loss = lambda v, g: self.method.loss(online[v], targets[g], memory)  # noqa: E731
-        same_branch = self.method.target_gradient and not self.method.momentum and not self.method.predictor
-        losses = [loss(1, 0)] * 2 if same_branch else [loss(1, 0), loss(0, 1)]           # of one branch, both are the same number
+        alike = shared and not self.method.predictor                                    # then both pairs of global views give one number
+        losses = [loss(1, 0)] * 2 if alike else [loss(1, 0), loss(0, 1)]
         losses += [loss(v, g) for g in range(2) for v in range(2, len(online))]          # local views
         return torch.stack(losses).mean()
 

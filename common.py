@@ -166,6 +166,14 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def launched_by() -> str:
+    """The command line of this run, torchrun and its processes included."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world()))  # processes on this node
+    nodes = [f"--nnodes={world() // here}"] if world() > here else []
+    launcher = ["torchrun", *nodes, f"--nproc-per-node={here}"] if world() > 1 else [pathlib.Path(sys.executable).name]
+    return shlex.join([*launcher, *sys.argv])
+
+
 def say(text: str) -> None:
     """print, from process 0 alone."""
     if rank() == 0:
@@ -206,14 +214,6 @@ class _Sum(torch.autograd.Function):
         return gradient
 
 
-def launched_by() -> str:
-    """The command line of this run, torchrun and its processes included."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", world()))  # processes on this node
-    nodes = [f"--nnodes={world() // here}"] if world() > here else []
-    launcher = ["torchrun", *nodes, f"--nproc-per-node={here}"] if world() > 1 else [pathlib.Path(sys.executable).name]
-    return shlex.join([*launcher, *sys.argv])
-
-
 def gather(x: Tensor) -> Tensor:
     """(B / processes, ...) of every process -> (B, ...) in their order, with gradient; x itself where there is one process."""
     return x if world() == 1 else _Gather.apply(x)
@@ -246,32 +246,33 @@ def collect(x: Tensor) -> Tensor | None:
 
 
 class _Normalise(torch.autograd.Function):
-    """Batch norm over all processes (Ioffe & Szegedy 2015, algorithm 1): x (B, C, ...), weight and bias (C,) -> y, mean, variance. Written out
-    so that the backward pass keeps x alone, as that of torch's batch norm does, and no float32 copy of it."""
+    """Batch norm over all processes (Ioffe & Szegedy 2015, algorithm 1): x (B, C, ...), weight and bias (C,), count values
+    of a channel over all processes -> y, mean, variance. Written out so that the backward pass keeps x alone, as that of torch's batch norm
+    does, and no float32 copy of it."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, eps):
+    def forward(ctx, x, weight, bias, eps, count):
         dims, shape = [d for d in range(x.ndim) if d != 1], [-1 if d == 1 else 1 for d in range(x.ndim)]
-        y, count = x.to(torch.promote_types(x.dtype, torch.float32), copy=True), world() * x.numel() // x.shape[1]
+        y = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
         mean = total(y.sum(dims)) / count
         y -= mean.view(shape)
         variance = total(torch.linalg.vector_norm(y, dim=dims).square()) / count
         scale = (variance + eps).rsqrt()
         ctx.save_for_backward(x, weight, mean, scale)
+        ctx.dims, ctx.shape, ctx.count = dims, shape, count
         ctx.mark_non_differentiable(mean, variance)
         return y.mul_((weight * scale).view(shape)).add_(bias.view(shape)).to(x.dtype), mean, variance
 
     @staticmethod
     def backward(ctx, gradient, *_):
-        x, weight, mean, scale = ctx.saved_tensors
-        dims, shape = [d for d in range(x.ndim) if d != 1], [-1 if d == 1 else 1 for d in range(x.ndim)]
-        g, count = gradient.to(mean.dtype, copy=True), world() * x.numel() // x.shape[1]
+        (x, weight, mean, scale), dims, shape = ctx.saved_tensors, ctx.dims, ctx.shape
+        g = gradient.to(mean.dtype, copy=True)
         y = x.to(mean.dtype, copy=True).sub_(mean.view(shape)).mul_(scale.view(shape))          # normalised
         own = torch.stack([g.sum(dims), (g * y).sum(dims)])                                     # (2, C)
-        over_all = total(own) / count
+        over_all = total(own) / ctx.count
         g -= over_all[0].view(shape)
         g -= y.mul_(over_all[1].view(shape))
-        return g.mul_((weight * scale).view(shape)).to(x.dtype), own[1], own[0], None
+        return g.mul_((weight * scale).view(shape)).to(x.dtype), own[1], own[0], None, None
 
 
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -284,9 +285,9 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not self.training:
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
-            y, mean, variance = _Normalise.apply(x, self.weight, self.bias, self.eps)
+            count = world() * x.numel() // x.shape[1]
+            y, mean, variance = _Normalise.apply(x, self.weight, self.bias, self.eps, count)
             with torch.no_grad():
-                count = world() * x.numel() // x.shape[1]
                 self.running_mean.lerp_(mean, self.momentum)
                 self.running_var.lerp_(variance * count / (count - 1), self.momentum)
                 self.num_batches_tracked += 1
