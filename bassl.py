@@ -1,29 +1,34 @@
-"""Batch-adaptive self-supervised learning: fuse the images of a batch before a contrastive method sees them (arXiv 2311.09974).
+"""Batch-adaptive self-supervised learning: fuse the images of a batch before a contrastive method sees them
+(arXiv 2311.09974).
 
-    python bassl.py --dataset cifar10                                    # ResNet-18, 200 epochs: wants a GPU
-    python bassl.py --dataset cifar10 --layers 0                         # the plain framework through the same code
+    python bassl.py --dataset cifar10                  # on a CPU the small recipe, on a GPU ResNet-18 for 200 epochs
+    python bassl.py --dataset cifar10 --layers 0       # the plain framework through the same code
     python bassl.py --dataset imagenet100 --batch 256 --data DIR
-    python bassl.py --dataset shapes --fuse plain --unpaired --gate 3    # control: does an open gate let a network cheat?
+    python bassl.py --fuse plain --unpaired --gate 3   # control: does an open gate let a network cheat?
 
-The paper: Patch Partition, Conv Embedding and Patch Restore turn a batch of images into one of the same shape in which every image
-carries something of the others; the module sits in front of SimCLR, MoCo, BYOL or SimSiam and is dropped after pretraining.
-No official code is public and the text leaves the layer open. Our reading, which no number of the paper vouches for:
+The paper: Patch Partition, Conv Embedding and Patch Restore turn a batch of images into one of the same shape in
+which every image carries something of the others; the module sits in front of SimCLR, MoCo, BYOL or SimSiam and is
+dropped after pretraining. No official code is public and the text leaves the layer open. Our reading, which no
+number of the paper vouches for:
 
 - Partition: (B, C, H, W) -> (B, N, D), N = H W / P^2 patches of D = C P^2 values.
-- Embedding: L times x + gate * GELU(norm(conv(x))), a convolution over the (N, D) plane whose channels are the batch's positions.
-  It has no bias and the norm no per-position parameters, so that a position has as little of its own to sign with as possible.
+- Embedding: L times x + gate * GELU(norm(conv(x))), a convolution over the (N, D) plane whose channels are the
+  batch's positions. It has no bias and the norm no per-position parameters, so that a position has as little of
+  its own to sign with as possible.
 - Restore: the exact inverse of the partition.
 
-Fused plainly, both views of an image get the same row of the convolution, and with an open gate the network can match the rows in place
-of the images (`make control` shows it: unrelated images are "matched" far above chance). --fuse says what is done about that:
+Fused plainly, both views of an image get the same row of the convolution, and with an open gate the network can
+match the rows in place of the images: unrelated images are then "matched" far above chance. --fuse says what is
+done about that:
   plain        both views, as written above; leaks
   shuffled     the batch is permuted independently for each view, and put back after
   one          only the first view is fused: nothing is shared, so nothing can leak
-  adversarial  the first view, the gate held open, and the gradient into the convolution reversed: the fusion learns to disturb
+  adversarial  the first view, the gate held open, the gradient into the convolution reversed: it learns to disturb
 
 Shapes: B batch, C channels, N patches, D values per patch or embedding dimension.
 """
 import copy
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,24 +42,46 @@ from torch import Tensor, nn
 @dataclass
 class Config:
     framework: Literal["simclr", "moco", "byol", "simsiam"] = "simclr"  # what the fused views go into
-    layers: int = 1              # Embedding Layers of the fusion, 0 = the plain framework; the paper ablates them, the choice is ours
-    patch: int = 0               # side of a patch in pixels, 0 = an eighth of the view or the next divisor below (4 at 32 px); ours
+    layers: int = 1              # Embedding Layers, 0 = the plain framework; ablated in the paper, the choice is ours
+    patch: int = 0               # side of a patch in pixels, 0 = an eighth of the view, or the next divisor below; ours
     kernel: int = 1              # side of the convolution over (patches, values), odd; ours
-    fuse: Literal["shuffled", "one", "adversarial", "plain"] = "adversarial"  # see above; the default is leak-free by construction
-    gate: float = 0.0            # hold the gates at this value, 0 = learned from 0 (adversarial: held at 0.15); ours
-    unpaired: bool = False       # control run: the second view is of another image, so nothing but a shortcut can be learned
-    temperature: float = 0.0     # of simclr and moco, 0 = 0.2 (solo-learn, CIFAR) and 0.1 (lightly, CIFAR)
-    batch: int = 512             # images per step; lightly's CIFAR-10 benchmark
-    epochs: int = 200            # passes over the training images; lightly's CIFAR-10 benchmark
-    lr: float = 0.12             # learning rate at batch 256, scaled linearly; lightly's CIFAR-10 benchmark (0.06 at 128, SGD)
-    wd: float = 5e-4             # weight decay; lightly's CIFAR-10 benchmark
+    fuse: Literal["shuffled", "one", "adversarial", "plain"] = "adversarial"  # see above; leak-free by construction
+    gate: float = 0.0            # hold the gates at this value; 0 = learned from 0 (adversarial: 0.15); ours
+    unpaired: bool = False       # control: the second view is of another image, so only a shortcut can be learned
+    temperature: float | None = None   # of simclr and moco
+    queue: int | None = None           # moco's keys that serve as negatives
+    momentum: float | None = None      # of moco's and byol's target at the start
+    momentum_end: float | None = None  # and at the end, by a cosine
 
 
-# ------------------------------------------------------------------------------------------- fusion
+# Values of the flags that are not given, by --recipe; "cifar moco": what differs for a framework or a data set.
+RECIPES = {
+    # Two CPU cores, chosen on held-out training images: results/small.sh.
+    "small": dict(arch="resnet10", view=16, batch=64, epochs=4, limit=0, optimizer="adamw", lr=0.008, wd=5e-4,
+                  warmup=0.0, temperature=0.2, queue=4096, momentum=0.99, momentum_end=1.0),
+    # lightly's CIFAR-10 benchmark: SGD 0.06 at batch 128. Temperature 0.2: solo-learn's CIFAR; lightly has 0.5.
+    "cifar": dict(arch="resnet18", view=0, batch=512, epochs=200, limit=0, optimizer="sgd", lr=0.12, wd=5e-4,
+                  warmup=0.0, temperature=0.2, queue=8192, momentum=0.99, momentum_end=1.0),
+    # solo-learn's ImageNet-100 (SimCLR 77.64, online probe).
+    "imagenet": dict(arch="resnet18", view=0, batch=256, epochs=400, limit=0, optimizer="lars", lr=0.3, wd=1e-4,
+                     warmup=10.0, temperature=0.2, queue=65_536, momentum=0.99, momentum_end=1.0),
+    "small moco": dict(temperature=0.1, momentum_end=0.99),
+    "cifar moco": dict(temperature=0.1, momentum_end=0.99),             # lightly
+    "cifar simsiam": dict(lr=0.03),                                     # Chen & He 2021, D; lightly: 0.06 at 512
+    "imagenet moco": dict(optimizer="sgd", momentum_end=0.999),         # solo-learn: 78.20
+    "imagenet byol": dict(lr=0.5, wd=1e-6),                             # solo-learn: 80.16
+    "imagenet simsiam": dict(optimizer="sgd", lr=0.5, wd=1e-5),         # solo-learn
+}
+
+
+# ---------------------------------------------------------------------------------------------- fusion
 
 
 def patch_partition(x: Tensor, patch: int) -> Tensor:
-    """(B, C, H, W) -> (B, N, D): N = (H / P)(W / P) patches, row by row, of D = C P^2 values. Raises ValueError where P does not divide."""
+    """(B, C, H, W) -> (B, N, D): N = (H / P)(W / P) patches, row by row, of D = C P^2 values.
+
+    Raises ValueError where P does not divide H and W.
+    """
     b, c, h, w = x.shape
     if patch < 1 or h % patch or w % patch:
         raise ValueError(f"patch {patch} does not divide the image's {h} x {w}")
@@ -63,11 +90,15 @@ def patch_partition(x: Tensor, patch: int) -> Tensor:
 
 
 def patch_restore(tokens: Tensor, patch: int, channels: int, image_size: int) -> Tensor:
-    """(B, N, D) -> (B, C, S, S), the exact inverse of patch_partition on square images. Raises ValueError where N or D does not fit."""
+    """(B, N, D) -> (B, C, S, S), the exact inverse of patch_partition on square images.
+
+    Raises ValueError where N or D does not fit.
+    """
     side = image_size // patch
     if tokens.shape[1:] != (side * side, channels * patch * patch):
-        raise ValueError(f"tokens of shape {tuple(tokens.shape[1:])} are no image of {image_size} pixels in patches of {patch}: "
-                         f"want {(side * side, channels * patch * patch)}")
+        want = (side * side, channels * patch * patch)
+        raise ValueError(f"tokens of shape {tuple(tokens.shape[1:])} are no image of {image_size} pixels in "
+                         f"patches of {patch}: want {want}")
     x = tokens.reshape(-1, side, side, channels, patch, patch)
     return x.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, image_size, image_size)
 
@@ -75,8 +106,9 @@ def patch_restore(tokens: Tensor, patch: int, channels: int, image_size: int) ->
 class BatchFusion(nn.Module):
     """Lets the images of a batch exchange information: partition, `layers` gated convolutions across the batch, restore.
 
-    batch and image_size are fixed: the convolution has one channel per position in the batch. patch must divide image_size, kernel be
-    odd; ValueError otherwise, naming both numbers. With gates at 0, where they start, the module is the identity.
+    batch and image_size are fixed: the convolution has one channel per position in the batch. patch must divide
+    image_size, kernel be odd; ValueError otherwise, naming both numbers. With gates at 0, where they start, the
+    module is the identity.
     """
 
     def __init__(self, batch: int, image_size: int, patch: int = 4, layers: int = 1, kernel: int = 1):
@@ -86,18 +118,19 @@ class BatchFusion(nn.Module):
         if kernel % 2 == 0:
             raise ValueError(f"kernel {kernel} is even: the output would not have the input's {image_size} pixels")
         self.batch, self.image_size, self.patch = batch, image_size, patch
-        self.convs = nn.ModuleList(nn.Conv2d(batch, batch, kernel, padding=kernel // 2, bias=False) for _ in range(layers))
+        convs = [nn.Conv2d(batch, batch, kernel, padding=kernel // 2, bias=False) for _ in range(layers)]
+        self.convs = nn.ModuleList(convs)
         self.gates = nn.ParameterList(torch.zeros(()) for _ in range(layers))
 
     def forward(self, x: Tensor, order: Tensor | None = None) -> Tensor:
-        """x (B, C, H, W) -> (B, C, H, W). order (B,): a permutation of the batch, applied before the fusion and undone after it."""
+        """x (B, C, H, W) -> (B, C, H, W). order (B,): a permutation, applied before the fusion and undone after."""
         if len(x) != self.batch:
             raise ValueError(f"a batch of {len(x)} images, but the fusion was made for {self.batch}")
         if x.shape[2:] != (self.image_size, self.image_size):
-            raise ValueError(f"images of {x.shape[2]} x {x.shape[3]} pixels, but the fusion was made for {self.image_size}")
+            raise ValueError(f"images of {x.shape[2]} x {x.shape[3]} pixels, but the fusion is for {self.image_size}")
         tokens = patch_partition(x if order is None else x[order], self.patch)   # (B, N, D)
         for conv, gate in zip(self.convs, self.gates):
-            mixed = conv(tokens[None])[0]                                        # (1, B, N, D): the batch axis is the channel axis
+            mixed = conv(tokens[None])[0]                                        # (B, N, D): B is the channel axis
             tokens = tokens + gate * F.gelu(F.layer_norm(mixed, mixed.shape[1:]))
         x = patch_restore(tokens, self.patch, x.shape[1], self.image_size)
         return x if order is None else x[order.argsort()]
@@ -108,67 +141,84 @@ class BatchFusion(nn.Module):
             gate.requires_grad_(False).fill_(value)
 
     def make_adversarial(self) -> None:
-        """Reverse the gradient into the convolutions: they learn to raise the loss that the encoder lowers (Ganin & Lempitsky 2015)."""
+        """Reverse the gradient into the convolutions (Ganin & Lempitsky 2015): they learn to raise the loss."""
         for weight in self.convs.parameters():
             weight.register_hook(torch.neg)
 
 
-def fuse_views(fusion: BatchFusion, kind: str, x1: Tensor, x2: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def fuse_views(fusion: BatchFusion, kind: str, x1: Tensor, x2: Tensor, generator: torch.Generator):
     """The two views (B, C, H, W) of a batch as the framework gets them; kind as in Config.fuse."""
     if kind == "plain":
         return fusion(x1), fusion(x2)
     if kind == "shuffled":
-        orders = [torch.randperm(len(x1), generator=generator).to(x1.device, non_blocking=True) for _ in range(2)]
-        return fusion(x1, orders[0]), fusion(x2, orders[1])
+        one, two = (torch.randperm(len(x1), generator=generator).to(x1.device) for _ in range(2))
+        return fusion(x1, one), fusion(x2, two)
     return fusion(x1), x2
 
 
-# ------------------------------------------------------------------------------------------- losses
+# ---------------------------------------------------------------------------------------------- losses
 
 
-def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
-    """Normalised temperature-scaled cross-entropy (Chen et al. 2020, eq. 1), mean over 2B anchors, in float32 or better.
+def in_float32(loss: Callable) -> Callable:
+    """The loss in float32 or better, whatever autocast is around it: cosines in bf16 at temperature 0.1 lose it."""
+    def widen(x):
+        wide = isinstance(x, Tensor) and x.is_floating_point()
+        return x.to(torch.promote_types(x.dtype, torch.float32)) if wide else x
+
+    @functools.wraps(loss)
+    def guarded(*args, **options):
+        with torch.autocast(args[0].device.type, enabled=False):
+            return loss(*map(widen, args), **options)
+    return guarded
+
+
+@in_float32
+def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.2) -> Tensor:
+    """Normalised temperature-scaled cross-entropy (Chen et al. 2020, eq. 1), mean over 2B anchors.
 
     z1, z2: (B, D) embeddings of two views, any scale. Row i of one is the positive of row i of the other.
     """
-    with torch.autocast(z1.device.type, enabled=False):
-        z = torch.cat([z1, z2])
-        z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)   # (2B, D)
-        logits = z @ z.T / temperature                                           # (2B, 2B)
-        itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-        positive = torch.arange(len(z), device=z.device).roll(len(z1))           # row i's partner
-        return F.cross_entropy(logits.masked_fill(itself, float("-inf")), positive)
+    z = F.normalize(torch.cat([z1, z2]), dim=1)                                  # (2B, D)
+    logits = z @ z.T / temperature                                               # (2B, 2B)
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    positive = torch.arange(len(z), device=z.device).roll(len(z1))               # row i's partner
+    return F.cross_entropy(logits.masked_fill(itself, float("-inf")), positive)
 
 
-def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
-    """MoCo's loss (He et al. 2020, eq. 1): query q (B, D) against its own key k (B, D) and the queue's rows (K, D), in float32 or better."""
-    with torch.autocast(q.device.type, enabled=False):
-        q, k, queue = (F.normalize(t.to(torch.promote_types(t.dtype, torch.float32)), dim=1) for t in (q, k, queue))
-        logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / temperature  # (B, 1 + K)
-        return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
+@in_float32
+def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.1) -> Tensor:
+    """MoCo (He et al. 2020, eq. 1): query q (B, D) against its own key k (B, D) and the queue's rows (K, D)."""
+    q, k, queue = (F.normalize(x, dim=1) for x in (q, k, queue))
+    own = (q * k).sum(1, keepdim=True)                                           # (B, 1)
+    logits = torch.cat([own, q @ queue.T], 1) / temperature                      # (B, 1 + K)
+    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
 
 
+@in_float32
 def cosine_loss(p: Tensor, z: Tensor) -> Tensor:
-    """2 - 2 cos, mean over the batch (Grill et al. 2020, eq. 2); no gradient into the target z (B, D)."""
-    with torch.autocast(p.device.type, enabled=False):
-        p, z = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (p, z.detach()))
-        return 2 - 2 * F.cosine_similarity(p, z, dim=1).mean()
+    """Mean of -cos(p, z) over (B, D); no gradient into z (Chen & He 2021, eq. 1).
+
+    BYOL's 2 - 2 cos (Grill et al. 2020, eq. 2) has twice the gradient: a rate belongs to one scale or the other,
+    and the rates here are lightly's and SimSiam's, for this one.
+    """
+    return -F.cosine_similarity(p, z.detach(), dim=1).mean()
 
 
-# ------------------------------------------------------------------------------------------- frameworks
-# Each maps two views (B, C, H, W) to a loss and has after_step(progress in [0, 1]) for what moves without a gradient. gather collects
-# the embeddings of all processes under torchrun, so that the loss and the queue see the whole batch; alone it changes nothing.
+# ---------------------------------------------------------------------------------------------- frameworks
+# Each maps two views (B, C, H, W) to a loss and has after_step(progress in [0, 1]) for what moves without a
+# gradient. gather collects the embeddings of all processes under torchrun, so that the loss and the queue see the
+# whole batch; alone it changes nothing. Widths are those of lightly's CIFAR-10 benchmark.
 
 
 def identity(x: Tensor) -> Tensor:
     return x
 
 
-def mlp(dims: list[int], last_norm: bool = False) -> nn.Sequential:
-    """Linear layers with BN and ReLU between; BN without ReLU after the last one if last_norm."""
+def mlp(widths: list[int], last_norm: bool = False) -> nn.Sequential:
+    """Linear layers with BN and ReLU between; BN after the last one if last_norm."""
     layers = []
-    for i, (a, b) in enumerate(zip(dims, dims[1:])):
-        last = i == len(dims) - 2
+    for i, (a, b) in enumerate(zip(widths, widths[1:])):
+        last = i == len(widths) - 2
         layers += [nn.Linear(a, b, bias=last and not last_norm)]
         layers += [nn.BatchNorm1d(b)] if last_norm or not last else []
         layers += [] if last else [nn.ReLU(inplace=True)]
@@ -176,9 +226,9 @@ def mlp(dims: list[int], last_norm: bool = False) -> nn.Sequential:
 
 
 class SimCLR(nn.Module):
-    """Chen et al. 2020. Widths as in lightly's CIFAR-10 benchmark."""
+    """Chen et al. 2020."""
 
-    def __init__(self, encoder: nn.Module, temperature: float = 0.2, gather: Callable[[Tensor], Tensor] = identity):
+    def __init__(self, encoder: nn.Module, temperature: float = 0.2, gather: Callable = identity):
         super().__init__()
         self.encoder, self.projector = encoder, mlp([encoder.dim, 512, 128])
         self.temperature, self.gather = temperature, gather
@@ -192,27 +242,31 @@ class SimCLR(nn.Module):
 
 
 class MoCo(nn.Module):
-    """MoCo v2 (Chen et al. 2020b): one view is the query, the other the key. Queue, momentum and temperature of lightly's CIFAR-10 benchmark."""
+    """MoCo v2 (Chen et al. 2020b) with the loss in both directions; both views' keys enter the queue."""
 
-    def __init__(self, encoder: nn.Module, temperature: float = 0.1, queue: int = 4096, momentum: float = 0.99,
-                 gather: Callable[[Tensor], Tensor] = identity):
+    def __init__(self, encoder: nn.Module, temperature: float = 0.1, queue: int = 8192, momentum: float = 0.99,
+                 momentum_end: float = 0.99, gather: Callable = identity):
         super().__init__()
         self.encoder, self.projector = encoder, mlp([encoder.dim, 512, 128])
         self.target = copy.deepcopy(nn.Sequential(self.encoder, self.projector)).requires_grad_(False)
         self.register_buffer("queue", F.normalize(torch.randn(queue, 128), dim=1))
         self.register_buffer("oldest", torch.zeros((), dtype=torch.long))
-        self.temperature, self.momentum, self.gather, self.keys = temperature, momentum, gather, None
+        self.temperature, self.gather, self.keys = temperature, gather, None
+        self.momentum, self.momentum_end = momentum, momentum_end
 
     def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
-        q = self.gather(self.projector(self.encoder(x1)))                        # (B, 128)
+        x = torch.cat([x1, x2])
+        q1, q2 = map(self.gather, self.projector(self.encoder(x)).chunk(2))      # (B, 128) each
         with torch.no_grad():
-            self.keys = self.gather(F.normalize(self.target(x2).float(), dim=1)) # (B, 128)
-        return info_nce(q, self.keys, self.queue, self.temperature)
+            k1, k2 = map(self.gather, F.normalize(self.target(x).float(), dim=1).chunk(2))
+        self.keys = torch.cat([k1, k2])                                          # (2B, 128)
+        losses = [info_nce(q, k, self.queue, self.temperature) for q, k in ((q1, k2), (q2, k1))]
+        return sum(losses) / 2
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        """First in, first out: this batch's keys replace the oldest rows, and are negatives from the next step on."""
-        average(self.target, nn.Sequential(self.encoder, self.projector), self.momentum)
+        """First in, first out: these keys replace the oldest rows, and are negatives from the next step on."""
+        follow(self.target, [self.encoder, self.projector], self.momentum, self.momentum_end, progress)
         keys = self.keys[-len(self.queue):]
         place = (self.oldest + torch.arange(len(keys), device=keys.device)) % len(self.queue)
         self.queue.index_copy_(0, place, keys)
@@ -220,31 +274,31 @@ class MoCo(nn.Module):
 
 
 class BYOL(nn.Module):
-    """Grill et al. 2020; target momentum from 0.99 to 1 by a cosine, as in its appendix for short runs. Widths of lightly's benchmark."""
+    """Grill et al. 2020."""
 
-    def __init__(self, encoder: nn.Module, momentum: float = 0.99, gather: Callable[[Tensor], Tensor] = identity):
+    def __init__(self, encoder: nn.Module, momentum: float = 0.99, momentum_end: float = 1.0,
+                 gather: Callable = identity):
         super().__init__()
         self.encoder, self.projector = encoder, mlp([encoder.dim, 1024, 256])
         self.predictor = mlp([256, 1024, 256])
         self.target = copy.deepcopy(nn.Sequential(self.encoder, self.projector)).requires_grad_(False)
-        self.momentum, self.gather = momentum, gather
+        self.momentum, self.momentum_end, self.gather = momentum, momentum_end, gather
 
     def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
         x = torch.cat([x1, x2])
-        p1, p2 = map(self.gather, self.predictor(self.projector(self.encoder(x))).chunk(2))      # (B, 256) each
+        p1, p2 = map(self.gather, self.predictor(self.projector(self.encoder(x))).chunk(2))  # (B, 256) each
         with torch.no_grad():
             z1, z2 = map(self.gather, self.target(x).chunk(2))
         return 0.5 * (cosine_loss(p1, z2) + cosine_loss(p2, z1))
 
     def after_step(self, progress: float) -> None:
-        momentum = 1 - (1 - self.momentum) * (math.cos(math.pi * progress) + 1) / 2
-        average(self.target, nn.Sequential(self.encoder, self.projector), momentum)
+        follow(self.target, [self.encoder, self.projector], self.momentum, self.momentum_end, progress)
 
 
 class SimSiam(nn.Module):
-    """Chen & He 2021, section 4.6 (CIFAR): a two-layer projector of width 2048, a predictor with a bottleneck of 512."""
+    """Chen & He 2021, section 4.6 (CIFAR): a two-layer projector of width 2048, a predictor that narrows to 512."""
 
-    def __init__(self, encoder: nn.Module, gather: Callable[[Tensor], Tensor] = identity):
+    def __init__(self, encoder: nn.Module, gather: Callable = identity):
         super().__init__()
         self.gather = gather
         self.encoder, self.projector = encoder, mlp([encoder.dim, 2048, 2048], last_norm=True)
@@ -259,16 +313,26 @@ class SimSiam(nn.Module):
         pass
 
 
-FRAMEWORKS = {"simclr": SimCLR, "moco": MoCo, "byol": BYOL, "simsiam": SimSiam}
-
-
 @torch.no_grad()
-def average(target: nn.Module, online: nn.Module, momentum: float) -> None:
-    """target <- momentum * target + (1 - momentum) * online, for parameters; running statistics are the target's own."""
-    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - momentum)
+def follow(target: nn.Module, online: list[nn.Module], start: float, end: float, progress: float) -> None:
+    """target <- m target + (1 - m) online for parameters, m from start to end by a cosine over progress."""
+    momentum = end - (end - start) * (math.cos(math.pi * progress) + 1) / 2
+    parameters = [p for module in online for p in module.parameters()]
+    torch._foreach_lerp_(list(target.parameters()), parameters, 1 - momentum)
 
 
-# ------------------------------------------------------------------------------------------- train
+def make_framework(cfg, encoder: nn.Module, gather: Callable) -> nn.Module:
+    """The framework that the flags describe."""
+    if cfg.framework == "simclr":
+        return SimCLR(encoder, cfg.temperature, gather)
+    if cfg.framework == "moco":
+        return MoCo(encoder, cfg.temperature, cfg.queue, cfg.momentum, cfg.momentum_end, gather)
+    if cfg.framework == "byol":
+        return BYOL(encoder, cfg.momentum, cfg.momentum_end, gather)
+    return SimSiam(encoder, gather)
+
+
+# ---------------------------------------------------------------------------------------------- train
 
 
 def train(cfg) -> None:
@@ -277,23 +341,22 @@ def train(cfg) -> None:
 
     run = Run(cfg, "bassl", name_variant(cfg))
     encoder = resnet(cfg.arch, run.stem)
-    options = {"temperature": cfg.temperature} if cfg.temperature and cfg.framework in ("simclr", "moco") else {}
-    framework = FRAMEWORKS[cfg.framework](encoder, gather=gather, **options)
+    framework = make_framework(cfg, encoder, gather)
+    patch = cfg.patch or max(p for p in range(1, run.view // 8 + 1) if run.view % p == 0)
     try:
-        patch = cfg.patch or max(p for p in range(1, max(2, run.size // 8 + 1)) if run.size % p == 0)
-        fusion = BatchFusion(run.batch, run.size, patch, cfg.layers, cfg.kernel)
+        fusion = BatchFusion(run.batch, run.view, patch, cfg.layers, cfg.kernel)
     except ValueError as error:
         raise UsageError(str(error)) from None
     if cfg.fuse == "adversarial":
         fusion.make_adversarial()
     if strength(cfg):
         fusion.hold(strength(cfg))
-    augment = BatchAugment(run.size).to(run.device)
+    augment = BatchAugment(run.view, blur_p=0.5 if run.size > 64 else 0.0).to(run.device)  # MoCo v2's blur
     run.start(nn.ModuleDict({"framework": framework, "fusion": fusion}), encoder)
 
-    for images, _ in run.batches():
+    for images, aspect, _ in run.batches():
         generator = run.generator()
-        x1, x2 = augment(images, generator, views=2).chunk(2)                    # (B, 3, S, S) each
+        x1, x2 = augment(images, generator, aspect, views=2).chunk(2)            # (B, 3, S, S) each
         if cfg.unpaired:  # an order of its own at every step: the fusion can learn a fixed one
             x2 = x2[torch.randperm(len(x2), generator=generator).to(x2.device)]
         with run.autocast():
@@ -312,15 +375,17 @@ def strength(cfg) -> float:
 
 
 def name_variant(cfg) -> str:
-    """What a result table calls this run; a control run, whatever its gate, is named after the fusion that it belongs to."""
-    held = 0.15 if cfg.unpaired and cfg.fuse == "adversarial" else 0.0 if cfg.unpaired else strength(cfg)
-    parts = [cfg.fuse] + [f"gate {held:g}"] * (held > 0) + [f"{cfg.layers} layer{'s' * (cfg.layers > 1)}"]
-    parts += [f"kernel {cfg.kernel}"] * (cfg.kernel > 1)
-    return cfg.framework + (f" + fusion ({', '.join(parts)})" if cfg.layers else "") + (", unpaired" if cfg.unpaired else "")
+    """What a result table calls this run."""
+    name, held = cfg.framework, strength(cfg)
+    if cfg.layers:
+        parts = [cfg.fuse] + [f"gate {held:g}"] * (held > 0) + [f"{cfg.layers} layer{'s' * (cfg.layers > 1)}"]
+        parts += [f"kernel {cfg.kernel}"] * (cfg.kernel > 1)
+        name += f" + fusion ({', '.join(parts)})"
+    return name + ", unpaired" * cfg.unpaired
 
 
 if __name__ == "__main__":
     from common import one_line_errors, parse
 
     with one_line_errors():
-        train(parse(Config, __doc__))
+        train(parse(Config, __doc__, recipes=RECIPES, by="framework"))
