@@ -1,17 +1,19 @@
-"""Augmentations against algorithms: eight methods in one template, and the effects of a factorial study of both
-(arXiv 2403.05726).
+"""Augmentations against algorithms: eight methods in one template, and the effects of a factorial study of
+both (arXiv 2403.05726).
 
     python aug_study.py --methods simclr --augs simclr --dataset cifar10    # pretrain one baseline
     python aug_study.py --methods moco --augs multicrop --dataset cifar10
     python aug_study.py --effects results/study.jsonl                       # effects of the rows of a study
 
-The template: augment -> encoder -> projector -> predictor or none on the online branch; a target branch that shares
-the online weights (with or without its gradient) or follows them by momentum; a loss of one online view against one
-target view, averaged over every pair of a target (global) view and another online view. A method is one row of
-METHODS, an augmentation one row of AUGMENTATIONS. A study is a list of runs: results/study.sh.
+The template: augment -> encoder -> projector -> predictor or none on the online branch; a target branch that
+shares the online weights (with or without its gradient) or follows them by momentum; a loss of one online
+view against one target view, averaged over every pair of a target (global) view and another online view. A
+method is one row of METHODS, an augmentation one row of AUGMENTATIONS. A study is a list of runs:
+results/study.sh.
 
-The effect of a factor is the mean of paired differences: with a(c) the accuracy of cell c and P the pairs (c, c')
-that differ in this factor alone, 1 / |P| sum over P of a(c') - a(c), per seed. No pair is made from a missing cell.
+The effect of a factor is the mean of paired differences: with a(c) the accuracy of cell c and P the pairs
+(c, c') that differ in this factor alone, 1 / |P| sum over P of a(c') - a(c), per seed. No pair is made from
+a missing cell.
 Shapes: B batch, V views (global ones first), D embedding, K queue rows or prototypes.
 """
 import copy
@@ -32,31 +34,39 @@ from torch import Tensor, nn
 
 @dataclass
 class Config:
-    methods: Literal["simclr", "moco", "byol", "simsiam", "swav", "barlow", "vicreg", "dino"] = "simclr"  # a method
+    methods: str = "simclr"      # one of METHODS: simclr, moco, byol, simsiam, swav, barlow, vicreg, dino
     augs: str = ""               # one of AUGMENTATIONS, empty = the method's own
     predictor: Literal["default", "on", "off"] = "default"  # switch the method's predictor
-    momentum: Literal["default", "on", "off"] = "default"   # and its momentum target; off = its weights, no gradient
+    momentum: Literal["default", "on", "off"] = "default"   # and its momentum target; off = shared weights
     temperature: float | None = None   # of simclr and moco
     queue: int | None = None           # moco's keys that serve as negatives
     momentum_end: float | None = None  # the momentum goes there from 0.99, by a cosine
     effects: str = ""            # print the effects that the rows of this .jsonl file tell, and stop
 
 
-# Values of the flags that are not given, by --recipe; "cifar moco": what differs for a method or a data set.
+# Values of the flags that are not given, by --recipe; "cifar moco": what differs for a method or a set.
 RECIPES = {
-    # Two CPU cores, chosen on held-out training images: results/small.sh.
-    "small": dict(arch="resnet10", view=16, batch=64, epochs=4, limit=0, optimizer="adamw", lr=0.008, wd=5e-4,
-                  warmup=0.0, temperature=0.2, queue=4096, momentum_end=1.0),
-    # lightly's CIFAR-10 benchmark: SGD 0.06 at batch 128 (SwAV: Adam there). Temperature 0.2: solo-learn's CIFAR.
-    "cifar": dict(arch="resnet18", view=0, batch=512, epochs=200, limit=0, optimizer="sgd", lr=0.12, wd=5e-4,
-                  warmup=0.0, temperature=0.2, queue=8192, momentum_end=1.0),
+    # Two CPU cores: views of 16 px cut at the image's own resolution, through a stem that keeps them.
+    "small": dict(
+        arch="resnet10", stem="auto", view=16, batch=128, epochs=3, limit=0,
+        optimizer="adamw", lr=0.004, wd=5e-4, warmup=0.0,
+        temperature=0.2, queue=4096, momentum_end=1.0),
+    "small shapes": dict(stem="imagenet", view=32, limit=5120),  # the demo: four minutes in all
+    "small tinyimagenet": dict(stem="imagenet", view=64, limit=20_000),
+    # lightly's CIFAR-10 benchmark: SGD 0.06 at batch 128 (SwAV: Adam there). Temperature: solo-learn's CIFAR.
+    "cifar": dict(
+        arch="resnet18", stem="auto", view=0, batch=512, epochs=200, limit=0,
+        optimizer="sgd", lr=0.12, wd=5e-4, warmup=0.0,
+        temperature=0.2, queue=8192, momentum_end=1.0),
     # solo-learn's ImageNet-100.
-    "imagenet": dict(arch="resnet18", view=0, batch=256, epochs=400, limit=0, optimizer="lars", lr=0.3, wd=1e-4,
-                     warmup=10.0, temperature=0.2, queue=65_536, momentum_end=1.0),
+    "imagenet": dict(
+        arch="resnet18", stem="auto", view=0, batch=256, epochs=400, limit=0,
+        optimizer="lars", lr=0.3, wd=1e-4, warmup=10.0,
+        temperature=0.2, queue=65_536, momentum_end=1.0),
     "small moco": dict(temperature=0.1, momentum_end=0.99),
-    "cifar moco": dict(temperature=0.1, momentum_end=0.99),             # lightly
-    "cifar simsiam": dict(lr=0.03),                                     # Chen & He 2021, D; lightly: 0.06 at 512
-    "imagenet moco": dict(optimizer="sgd", momentum_end=0.999),         # solo-learn, and so on
+    "cifar moco": dict(temperature=0.1, momentum_end=0.99),       # lightly
+    "cifar simsiam": dict(lr=0.03),                               # Chen & He 2021, D; lightly: 0.06 at 512
+    "imagenet moco": dict(optimizer="sgd", momentum_end=0.999),   # solo-learn, and so on
     "imagenet byol": dict(lr=0.5, wd=1e-6),
     "imagenet simsiam": dict(optimizer="sgd", lr=0.5, wd=1e-5),
     "imagenet swav": dict(lr=0.6, wd=1e-6),
@@ -68,7 +78,7 @@ RECIPES = {
 
 
 def in_float32(loss: Callable) -> Callable:
-    """The loss in float32 or better, whatever autocast is around it: cosines in bf16 at temperature 0.1 lose it."""
+    """The loss in float32 or better, whatever autocast is around it: bf16 cosines over 0.1 lose too much."""
     def widen(x):
         wide = isinstance(x, Tensor) and x.is_floating_point()
         return x.to(torch.promote_types(x.dtype, torch.float32)) if wide else x
@@ -95,7 +105,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.2) -> Tensor:
 
 @in_float32
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.1) -> Tensor:
-    """MoCo (He et al. 2020, eq. 1): query q (B, D) against its own key k (B, D) and the queue's rows (K, D)."""
+    """MoCo (He et al. 2020, eq. 1): query q (B, D) against its own key k (B, D) and the queue (K, D)."""
     q, k, queue = (F.normalize(x, dim=1) for x in (q, k, queue))
     own = (q * k).sum(1, keepdim=True)                                           # (B, 1)
     logits = torch.cat([own, q @ queue.T], 1) / temperature                      # (B, 1 + K)
@@ -106,10 +116,11 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.1) -> T
 def cosine_loss(p: Tensor, z: Tensor) -> Tensor:
     """Mean of -cos(p, z) over (B, D); no gradient into z (Chen & He 2021, eq. 1).
 
-    BYOL's 2 - 2 cos (Grill et al. 2020, eq. 2) has twice the gradient: a rate belongs to one scale or the other,
-    and the rates here are lightly's and SimSiam's, for this one.
+    BYOL's 2 - 2 cos (Grill et al. 2020, eq. 2) has twice the gradient: a rate belongs to one scale or the
+    other, and the rates here are lightly's and SimSiam's, for this one.
     """
     return -F.cosine_similarity(p, z.detach(), dim=1).mean()
+
 
 @in_float32
 def barlow_loss(z1: Tensor, z2: Tensor, weight: float = 0.0051) -> Tensor:
@@ -119,7 +130,7 @@ def barlow_loss(z1: Tensor, z2: Tensor, weight: float = 0.0051) -> Tensor:
     """
     z = torch.stack([z1, z2])                                                    # (2, B, D)
     z = (z - z.mean(1, keepdim=True)) / (z.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
-    on = (z[0] * z[1]).mean(0)                                                   # (D,), diagonal of c = z1.T @ z2 / B
+    on = (z[0] * z[1]).mean(0)                               # (D,), the diagonal of c = z1.T @ z2 / B
     if z.shape[1] < z.shape[2]:  # |z1.T z2|^2 = <z1 z1.T, z2 z2.T>: a sixteenth of the work at B 128, D 2048
         g1, g2 = z @ z.mT                                                        # (B, B) each
         squares = (g1 * g2).sum()
@@ -134,9 +145,9 @@ def vicreg_loss(z1: Tensor, z2: Tensor, invariance: float = 25.0, variance: floa
     """VICReg (Bardes et al. 2022, eq. 6) of (B, D): squared distance, hinge on the standard deviation at 1,
     off-diagonal covariance."""
     z = torch.stack([z1, z2])                                                    # (2, B, D)
-    x = (z - z.mean(1, keepdim=True)) / math.sqrt(z.shape[1] - 1)                # c = x.T @ x is the covariance
+    x = (z - z.mean(1, keepdim=True)) / math.sqrt(z.shape[1] - 1)                # x.T @ x is the covariance
     on = x.square().sum(1)                                                       # (2, D), its diagonal
-    small = x if z.shape[1] < z.shape[2] else x.mT                               # x.T x and x x.T: equal sums of squares
+    small = x if z.shape[1] < z.shape[2] else x.mT           # x.T @ x and x @ x.T have equal sums of squares
     off_diagonal = (small @ small.mT).square().sum() - on.square().sum()
     spread = F.relu(1 - (on + 1e-4).sqrt()).mean()
     return invariance * F.mse_loss(*z) + variance * spread + covariance / z.shape[2] * off_diagonal
@@ -145,17 +156,18 @@ def vicreg_loss(z1: Tensor, z2: Tensor, invariance: float = 25.0, variance: floa
 @torch.no_grad()
 @in_float32
 def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tensor:
-    """SwAV's codes (Caron et al. 2020, eq. 3 and A.1): scores (B, K) -> (B, K), rows sum to 1, columns to B / K as
-    iterations grow. In log space, so that a small epsilon does not overflow."""
+    """SwAV's codes (Caron et al. 2020, eq. 3 and A.1): scores (B, K) -> (B, K), rows sum to 1, columns to
+    B / K as iterations grow. In log space, so that a small epsilon does not overflow."""
     q = scores / epsilon
     for _ in range(iterations):
-        q = q - q.logsumexp(0, keepdim=True)                                     # every prototype gets the same share
-        q = q - q.logsumexp(1, keepdim=True)                                     # every sample has one unit
+        q = q - q.logsumexp(0, keepdim=True)                 # every prototype gets the same share
+        q = q - q.logsumexp(1, keepdim=True)                 # every sample has one unit
     return q.exp()
 
 
 @in_float32
-def swav_loss(scores: Tensor, target_scores: Tensor, temperature: float = 0.1, epsilon: float = 0.05) -> Tensor:
+def swav_loss(scores: Tensor, target_scores: Tensor, temperature: float = 0.1,
+              epsilon: float = 0.05) -> Tensor:
     """SwAV (Caron et al. 2020, eq. 2): one view's prototype scores (B, K) against the codes of another's."""
     return -(sinkhorn(target_scores, epsilon) * F.log_softmax(scores / temperature, dim=1)).sum(1).mean()
 
@@ -163,18 +175,18 @@ def swav_loss(scores: Tensor, target_scores: Tensor, temperature: float = 0.1, e
 @in_float32
 def dino_loss(student: Tensor, teacher: Tensor, center: Tensor, temperature: float = 0.1,
               teacher_temperature: float = 0.04) -> Tensor:
-    """DINO (Caron et al. 2021, algorithm 1): the student's outputs (B, K) against the centred, sharpened teacher's."""
+    """DINO (Caron et al. 2021, algorithm 1): the student (B, K) against the centred, sharpened teacher."""
     target = F.softmax((teacher.detach() - center) / teacher_temperature, dim=1)
     return -(target * F.log_softmax(student / temperature, dim=1)).sum(1).mean()
 
 
-# ---------------------------------------------------------------------------------------------- methods, augmentations
+# ------------------------------------------------------------------------------- methods, augmentations
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the study. loss(online (B, D), target (B, D), memory: queue or centre, temperature) is called for
-    every pair of views; it is symmetric where target_gradient is set."""
+    """One row of the study. loss(online (B, D), target (B, D), memory: queue or centre, temperature) is
+    called for every pair of views; it is symmetric where target_gradient is set."""
 
     loss: Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
     projector: tuple[int, ...]           # widths after the encoder's
@@ -190,9 +202,10 @@ class Method:
 
 
 METHODS = {
-    "simclr": Method(lambda z, t, _, temperature: nt_xent(z, t, temperature), (512, 128), target_gradient=True),
-    "moco": Method(lambda q, k, queue, temperature: info_nce(q, k, queue, temperature), (512, 128), momentum=0.99,
-                   queue=True),
+    "simclr": Method(lambda z, t, _, temperature: nt_xent(z, t, temperature), (512, 128),
+                     target_gradient=True),
+    "moco": Method(lambda q, k, queue, temperature: info_nce(q, k, queue, temperature), (512, 128),
+                   momentum=0.99, queue=True),
     "byol": Method(lambda p, t, *_: cosine_loss(p, t), (1024, 256), (1024, 256), momentum=0.99, aug="byol"),
     "simsiam": Method(lambda p, t, *_: cosine_loss(p, t), (2048, 2048), (512, 2048), last_norm=True,
                       source="Chen & He 2021, 4.6"),
@@ -202,8 +215,8 @@ METHODS = {
                      source="lightly; Zbontar et al. 2021"),
     "vicreg": Method(lambda z, t, *_: vicreg_loss(z, t), (2048, 2048), target_gradient=True, aug="byol",
                      source="Bardes et al. 2022; widths and rate: barlow's"),
-    "dino": Method(lambda s, t, center, _: dino_loss(s, t, center), (2048, 256), momentum=0.99, prototypes=2048,
-                   center=0.9, aug="multicrop", source="lightly; Caron et al. 2021"),
+    "dino": Method(lambda s, t, center, _: dino_loss(s, t, center), (2048, 256), momentum=0.99,
+                   prototypes=2048, center=0.9, aug="multicrop", source="lightly; Caron et al. 2021"),
 }
 
 SIMCLR = dict(jitter=(0.4, 0.4, 0.4, 0.1), blur_p=0.5)  # Chen et al. 2020, B.9, strength 0.5
@@ -267,7 +280,7 @@ def mlp(widths: list[int], last_norm: bool = False) -> nn.Sequential:
 
 
 class Prototypes(nn.Module):
-    """Cosines to K unit vectors: (B, D) -> (B, K). SwAV's prototypes and DINO's weight-normalised last layer."""
+    """Cosines to K unit vectors: (B, D) -> (B, K). SwAV's prototypes, DINO's weight-normalised last layer."""
 
     def __init__(self, dim: int, count: int):
         super().__init__()
@@ -280,8 +293,9 @@ class Prototypes(nn.Module):
 class Template(nn.Module):
     """Every method: an online branch, a target branch, and one loss over pairs of views.
 
-    queue: rows of it, where the method has one; momentum_end: where its momentum goes by a cosine; gather collects
-    the embeddings of all processes under torchrun, so that losses, queue and centre see the whole batch.
+    queue: rows of it, where the method has one; momentum_end: where its momentum goes by a cosine; gather
+    collects the embeddings of all processes under torchrun, so that losses, queue and centre see the whole
+    batch.
     """
 
     def __init__(self, encoder: nn.Module, method: Method, temperature: float = 0.2, queue: int = 8192,
@@ -312,17 +326,19 @@ class Template(nn.Module):
         if self.method.momentum:
             with torch.no_grad():
                 z = self.target(global_views)
-        shared = self.method.target_gradient and not self.method.momentum        # the target is the online branch
+        shared = self.method.target_gradient and not self.method.momentum        # one branch is both
         targets = (z if shared else z.detach()).split(batch)
         online, targets = list(map(self.gather, online)), list(map(self.gather, targets))
-        self.keys = torch.cat(targets).detach()                                  # (2B, D), B now of all processes
+        self.keys = torch.cat(targets).detach()                                  # (2B, D), B of all processes
         memory = self.queue if self.method.queue else self.center
         pairs = [(v, g) for g in range(2) for v in range(len(online)) if v != g]
-        if shared and not self.method.predictor:  # then both pairs of global views give one number
-            pairs = [pair for pair in pairs if pair != (0, 1)]
-        losses = torch.stack([self.method.loss(online[v], targets[g], memory, self.temperature) for v, g in pairs])
-        weights = [2.0 if shared and not self.method.predictor and pair == (1, 0) else 1.0 for pair in pairs]
-        return (losses * losses.new_tensor(weights)).sum() / sum(weights)
+        symmetric = shared and not self.method.predictor                         # (0, 1) equals (1, 0)
+        if symmetric:
+            pairs.remove((0, 1))
+        losses = [self.method.loss(online[v], targets[g], memory, self.temperature) for v, g in pairs]
+        if symmetric:
+            losses.append(losses[0])                                             # of (1, 0), the first pair
+        return torch.stack(losses).mean()
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
@@ -343,7 +359,7 @@ class Template(nn.Module):
 
 
 def switched(name: str, predictor: str, momentum: str) -> Method:
-    """A row of METHODS with its predictor and momentum as asked. Raises ValueError for what has no meaning."""
+    """A row of METHODS with its predictor and momentum as asked; ValueError for what has no meaning."""
     method = METHODS[name]
     if predictor == "off" and name == "simsiam":
         raise ValueError("simsiam without its predictor collapses to a constant (Chen & He 2021, table 1)")
@@ -368,6 +384,8 @@ def train(cfg) -> None:
     """One pretraining run, start to finish; cfg as common.parse(Config, ...) gives it."""
     from common import Run, UsageError, gather, resnet, save_grid
 
+    if cfg.methods not in METHODS:
+        raise UsageError(f"--methods {cfg.methods}: want one of {', '.join(METHODS)}")
     aug = cfg.augs or METHODS[cfg.methods].aug
     if aug not in AUGMENTATIONS:
         raise UsageError(f"--augs {aug}: want one of {', '.join(AUGMENTATIONS)}")
@@ -387,9 +405,10 @@ def train(cfg) -> None:
             global_views = first(images, generator, aspect, views=2)             # (2B, 3, S, S)
         else:
             global_views = torch.cat([augment(images, generator, aspect) for augment in (first, second)])
-        local_views = local(images, generator, aspect, views.locals) if views.locals else None  # (6B, 3, s, s)
+        local_views = local(images, generator, aspect, views.locals) if views.locals else None
         if cfg.preview:
-            return save_grid(run.out / "preview.png", torch.stack(global_views.chunk(2), 1)[:32].flatten(0, 1), 8)
+            grid = torch.stack(global_views.chunk(2), 1)[:32].flatten(0, 1)
+            return save_grid(run.out / "preview.png", grid, 8)
         with run.autocast():
             loss = model(global_views, local_views)
         run.optimise(loss)
@@ -399,8 +418,9 @@ def train(cfg) -> None:
 
 def name_variant(cfg, aug: str) -> str:
     """What a result table calls this run."""
-    switches = [f", {part} {getattr(cfg, part)}" for part in ("predictor", "momentum") if getattr(cfg, part) != "default"]
-    return f"{cfg.methods}, {aug} views" + "".join(switches)
+    switches = {"predictor": cfg.predictor, "momentum": cfg.momentum}
+    changed = [f", {name} {value}" for name, value in switches.items() if value != "default"]
+    return f"{cfg.methods}, {aug} views" + "".join(changed)
 
 
 # ---------------------------------------------------------------------------------------------- effects
@@ -433,7 +453,8 @@ FACTORS = {
 }
 
 
-def paired_effect(accuracy: dict[tuple[Cell, int], float], name: str, low: str, high: str) -> tuple[list[float], int]:
+def paired_effect(accuracy: dict[tuple[Cell, int], float], name: str, low: str,
+                  high: str) -> tuple[list[float], int]:
     """Mean paired difference, one per seed, and the number of pairs per seed.
 
     accuracy: (cell, seed) -> percent. A pair is two cells of one seed that differ in field `name` alone.
@@ -447,7 +468,7 @@ def paired_effect(accuracy: dict[tuple[Cell, int], float], name: str, low: str, 
 
 
 def effects(accuracy: dict[tuple[Cell, int], float]) -> list[dict]:
-    """Every factor that the cells can tell: FACTORS, each method over simclr, each backbone over the smallest."""
+    """What the cells can tell: FACTORS, each method over simclr, each backbone over the smallest."""
     factors, cells = dict(FACTORS), dict.fromkeys(cell for cell, _ in accuracy)
     for method in dict.fromkeys(cell.method for cell in cells):
         if method != "simclr":
@@ -470,7 +491,7 @@ def effects(accuracy: dict[tuple[Cell, int], float]) -> list[dict]:
 
 
 def print_effects(path: str) -> None:
-    """The effects of a study's rows on probe_top1 as a Markdown table, mean ± standard deviation over seeds."""
+    """The effects of a study's rows on probe_top1 as a Markdown table, mean ± deviation over seeds."""
     from common import UsageError
 
     try:

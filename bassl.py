@@ -1,29 +1,29 @@
 """Batch-adaptive self-supervised learning: fuse the images of a batch before a contrastive method sees them
 (arXiv 2311.09974).
 
-    python bassl.py --dataset cifar10                  # on a CPU the small recipe, on a GPU ResNet-18 for 200 epochs
+    python bassl.py --dataset cifar10                  # CPU: the small recipe; GPU: ResNet-18 for 200 epochs
     python bassl.py --dataset cifar10 --layers 0       # the plain framework through the same code
     python bassl.py --dataset imagenet100 --batch 256 --data DIR
     python bassl.py --fuse plain --unpaired --gate 3   # control: does an open gate let a network cheat?
 
-The paper: Patch Partition, Conv Embedding and Patch Restore turn a batch of images into one of the same shape in
-which every image carries something of the others; the module sits in front of SimCLR, MoCo, BYOL or SimSiam and is
-dropped after pretraining. No official code is public and the text leaves the layer open. Our reading, which no
-number of the paper vouches for:
+The paper: Patch Partition, Conv Embedding and Patch Restore turn a batch of images into one of the same shape
+in which every image carries something of the others; the module sits in front of SimCLR, MoCo, BYOL or
+SimSiam and is dropped after pretraining. No official code is public and the text leaves the layer open. Our
+reading, which no number of the paper vouches for:
 
 - Partition: (B, C, H, W) -> (B, N, D), N = H W / P^2 patches of D = C P^2 values.
-- Embedding: L times x + gate * GELU(norm(conv(x))), a convolution over the (N, D) plane whose channels are the
-  batch's positions. It has no bias and the norm no per-position parameters, so that a position has as little of
-  its own to sign with as possible.
+- Embedding: L times x + gate * GELU(norm(conv(x))), a convolution over the (N, D) plane whose channels are
+  the batch's positions. It has no bias and the norm no per-position parameters, so that a position has as
+  little of its own to sign with as possible.
 - Restore: the exact inverse of the partition.
 
-Fused plainly, both views of an image get the same row of the convolution, and with an open gate the network can
-match the rows in place of the images: unrelated images are then "matched" far above chance. --fuse says what is
-done about that:
+Fused plainly, both views of an image get the same row of the convolution, and with an open gate the network
+can match the rows in place of the images: unrelated images are then "matched" far above chance. --fuse says
+what is done about that:
   plain        both views, as written above; leaks
   shuffled     the batch is permuted independently for each view, and put back after
   one          only the first view is fused: nothing is shared, so nothing can leak
-  adversarial  the first view, the gate held open, the gradient into the convolution reversed: it learns to disturb
+  adversarial  the first view, gate held open, gradient into the convolution reversed: it learns to disturb
 
 Shapes: B batch, C channels, N patches, D values per patch or embedding dimension.
 """
@@ -42,35 +42,43 @@ from torch import Tensor, nn
 @dataclass
 class Config:
     framework: Literal["simclr", "moco", "byol", "simsiam"] = "simclr"  # what the fused views go into
-    layers: int = 1              # Embedding Layers, 0 = the plain framework; ablated in the paper, the choice is ours
-    patch: int = 0               # side of a patch in pixels, 0 = an eighth of the view, or the next divisor below; ours
+    layers: int = 1              # Embedding Layers, 0 = the plain framework; the number is ours
+    patch: int = 0               # pixels of a patch's side, 0 = an eighth of the view or less; ours
     kernel: int = 1              # side of the convolution over (patches, values), odd; ours
-    fuse: Literal["shuffled", "one", "adversarial", "plain"] = "adversarial"  # see above; leak-free by construction
+    fuse: Literal["shuffled", "one", "adversarial", "plain"] = "adversarial"  # see above; this cannot leak
     gate: float = 0.0            # hold the gates at this value; 0 = learned from 0 (adversarial: 0.15); ours
-    unpaired: bool = False       # control: the second view is of another image, so only a shortcut can be learned
+    unpaired: bool = False       # control: the second view is of another image, only a shortcut can help
     temperature: float | None = None   # of simclr and moco
     queue: int | None = None           # moco's keys that serve as negatives
     momentum: float | None = None      # of moco's and byol's target at the start
     momentum_end: float | None = None  # and at the end, by a cosine
 
 
-# Values of the flags that are not given, by --recipe; "cifar moco": what differs for a framework or a data set.
+# Values of the flags that are not given, by --recipe; "cifar moco": what differs for a framework or a set.
 RECIPES = {
-    # Two CPU cores, chosen on held-out training images: results/small.sh.
-    "small": dict(arch="resnet10", view=16, batch=64, epochs=4, limit=0, optimizer="adamw", lr=0.008, wd=5e-4,
-                  warmup=0.0, temperature=0.2, queue=4096, momentum=0.99, momentum_end=1.0),
-    # lightly's CIFAR-10 benchmark: SGD 0.06 at batch 128. Temperature 0.2: solo-learn's CIFAR; lightly has 0.5.
-    "cifar": dict(arch="resnet18", view=0, batch=512, epochs=200, limit=0, optimizer="sgd", lr=0.12, wd=5e-4,
-                  warmup=0.0, temperature=0.2, queue=8192, momentum=0.99, momentum_end=1.0),
+    # Two CPU cores: views of 16 px cut at the image's own resolution, through a stem that keeps them.
+    "small": dict(
+        arch="resnet10", stem="auto", view=16, batch=128, epochs=3, limit=0,
+        optimizer="adamw", lr=0.004, wd=5e-4, warmup=0.0,
+        temperature=0.2, queue=4096, momentum=0.99, momentum_end=1.0),
+    "small shapes": dict(stem="imagenet", view=32, limit=5120),  # the demo: four minutes in all
+    "small tinyimagenet": dict(stem="imagenet", view=64, limit=20_000),
+    # lightly's CIFAR-10 benchmark: SGD 0.06 at batch 128. Temperature: solo-learn's CIFAR.
+    "cifar": dict(
+        arch="resnet18", stem="auto", view=0, batch=512, epochs=200, limit=0,
+        optimizer="sgd", lr=0.12, wd=5e-4, warmup=0.0,
+        temperature=0.2, queue=8192, momentum=0.99, momentum_end=1.0),
     # solo-learn's ImageNet-100 (SimCLR 77.64, online probe).
-    "imagenet": dict(arch="resnet18", view=0, batch=256, epochs=400, limit=0, optimizer="lars", lr=0.3, wd=1e-4,
-                     warmup=10.0, temperature=0.2, queue=65_536, momentum=0.99, momentum_end=1.0),
+    "imagenet": dict(
+        arch="resnet18", stem="auto", view=0, batch=256, epochs=400, limit=0,
+        optimizer="lars", lr=0.3, wd=1e-4, warmup=10.0,
+        temperature=0.2, queue=65_536, momentum=0.99, momentum_end=1.0),
     "small moco": dict(temperature=0.1, momentum_end=0.99),
-    "cifar moco": dict(temperature=0.1, momentum_end=0.99),             # lightly
-    "cifar simsiam": dict(lr=0.03),                                     # Chen & He 2021, D; lightly: 0.06 at 512
-    "imagenet moco": dict(optimizer="sgd", momentum_end=0.999),         # solo-learn: 78.20
-    "imagenet byol": dict(lr=0.5, wd=1e-6),                             # solo-learn: 80.16
-    "imagenet simsiam": dict(optimizer="sgd", lr=0.5, wd=1e-5),         # solo-learn
+    "cifar moco": dict(temperature=0.1, momentum_end=0.99),       # lightly
+    "cifar simsiam": dict(lr=0.03),                               # Chen & He 2021, D; lightly: 0.06 at 512
+    "imagenet moco": dict(optimizer="sgd", momentum_end=0.999),   # solo-learn: 78.20
+    "imagenet byol": dict(lr=0.5, wd=1e-6),                       # solo-learn: 80.16
+    "imagenet simsiam": dict(optimizer="sgd", lr=0.5, wd=1e-5),   # solo-learn
 }
 
 
@@ -104,11 +112,11 @@ def patch_restore(tokens: Tensor, patch: int, channels: int, image_size: int) ->
 
 
 class BatchFusion(nn.Module):
-    """Lets the images of a batch exchange information: partition, `layers` gated convolutions across the batch, restore.
+    """Lets the images of a batch exchange information: partition, `layers` gated convolutions, restore.
 
-    batch and image_size are fixed: the convolution has one channel per position in the batch. patch must divide
-    image_size, kernel be odd; ValueError otherwise, naming both numbers. With gates at 0, where they start, the
-    module is the identity.
+    batch and image_size are fixed: the convolution has one channel per position in the batch. patch must
+    divide image_size, kernel be odd; ValueError otherwise, naming both numbers. With gates at 0, where they
+    start, the module is the identity.
     """
 
     def __init__(self, batch: int, image_size: int, patch: int = 4, layers: int = 1, kernel: int = 1):
@@ -116,21 +124,22 @@ class BatchFusion(nn.Module):
         if patch < 1 or image_size % patch:
             raise ValueError(f"patch {patch} does not divide the image's {image_size} pixels")
         if kernel % 2 == 0:
-            raise ValueError(f"kernel {kernel} is even: the output would not have the input's {image_size} pixels")
+            raise ValueError(f"kernel {kernel} is even: the output would not have {image_size} pixels")
         self.batch, self.image_size, self.patch = batch, image_size, patch
         convs = [nn.Conv2d(batch, batch, kernel, padding=kernel // 2, bias=False) for _ in range(layers)]
         self.convs = nn.ModuleList(convs)
         self.gates = nn.ParameterList(torch.zeros(()) for _ in range(layers))
 
     def forward(self, x: Tensor, order: Tensor | None = None) -> Tensor:
-        """x (B, C, H, W) -> (B, C, H, W). order (B,): a permutation, applied before the fusion and undone after."""
+        """x (B, C, H, W) -> (B, C, H, W). order (B,): a permutation, applied before and undone after."""
         if len(x) != self.batch:
             raise ValueError(f"a batch of {len(x)} images, but the fusion was made for {self.batch}")
         if x.shape[2:] != (self.image_size, self.image_size):
-            raise ValueError(f"images of {x.shape[2]} x {x.shape[3]} pixels, but the fusion is for {self.image_size}")
+            raise ValueError(f"images of {x.shape[2]} x {x.shape[3]} pixels, but the fusion is for "
+                             f"{self.image_size}")
         tokens = patch_partition(x if order is None else x[order], self.patch)   # (B, N, D)
         for conv, gate in zip(self.convs, self.gates):
-            mixed = conv(tokens[None])[0]                                        # (B, N, D): B is the channel axis
+            mixed = conv(tokens[None])[0]                                        # (B, N, D), B as channels
             tokens = tokens + gate * F.gelu(F.layer_norm(mixed, mixed.shape[1:]))
         x = patch_restore(tokens, self.patch, x.shape[1], self.image_size)
         return x if order is None else x[order.argsort()]
@@ -141,7 +150,7 @@ class BatchFusion(nn.Module):
             gate.requires_grad_(False).fill_(value)
 
     def make_adversarial(self) -> None:
-        """Reverse the gradient into the convolutions (Ganin & Lempitsky 2015): they learn to raise the loss."""
+        """Reverse the convolutions' gradient (Ganin & Lempitsky 2015): they learn to raise the loss."""
         for weight in self.convs.parameters():
             weight.register_hook(torch.neg)
 
@@ -160,7 +169,7 @@ def fuse_views(fusion: BatchFusion, kind: str, x1: Tensor, x2: Tensor, generator
 
 
 def in_float32(loss: Callable) -> Callable:
-    """The loss in float32 or better, whatever autocast is around it: cosines in bf16 at temperature 0.1 lose it."""
+    """The loss in float32 or better, whatever autocast is around it: bf16 cosines over 0.1 lose too much."""
     def widen(x):
         wide = isinstance(x, Tensor) and x.is_floating_point()
         return x.to(torch.promote_types(x.dtype, torch.float32)) if wide else x
@@ -187,7 +196,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.2) -> Tensor:
 
 @in_float32
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.1) -> Tensor:
-    """MoCo (He et al. 2020, eq. 1): query q (B, D) against its own key k (B, D) and the queue's rows (K, D)."""
+    """MoCo (He et al. 2020, eq. 1): query q (B, D) against its own key k (B, D) and the queue (K, D)."""
     q, k, queue = (F.normalize(x, dim=1) for x in (q, k, queue))
     own = (q * k).sum(1, keepdim=True)                                           # (B, 1)
     logits = torch.cat([own, q @ queue.T], 1) / temperature                      # (B, 1 + K)
@@ -198,16 +207,16 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.1) -> T
 def cosine_loss(p: Tensor, z: Tensor) -> Tensor:
     """Mean of -cos(p, z) over (B, D); no gradient into z (Chen & He 2021, eq. 1).
 
-    BYOL's 2 - 2 cos (Grill et al. 2020, eq. 2) has twice the gradient: a rate belongs to one scale or the other,
-    and the rates here are lightly's and SimSiam's, for this one.
+    BYOL's 2 - 2 cos (Grill et al. 2020, eq. 2) has twice the gradient: a rate belongs to one scale or the
+    other, and the rates here are lightly's and SimSiam's, for this one.
     """
     return -F.cosine_similarity(p, z.detach(), dim=1).mean()
 
 
 # ---------------------------------------------------------------------------------------------- frameworks
 # Each maps two views (B, C, H, W) to a loss and has after_step(progress in [0, 1]) for what moves without a
-# gradient. gather collects the embeddings of all processes under torchrun, so that the loss and the queue see the
-# whole batch; alone it changes nothing. Widths are those of lightly's CIFAR-10 benchmark.
+# gradient. gather collects the embeddings of all processes under torchrun, so that the loss and the queue see
+# the whole batch; alone it changes nothing. Widths are those of lightly's CIFAR-10 benchmark.
 
 
 def identity(x: Tensor) -> Tensor:
@@ -244,8 +253,8 @@ class SimCLR(nn.Module):
 class MoCo(nn.Module):
     """MoCo v2 (Chen et al. 2020b) with the loss in both directions; both views' keys enter the queue."""
 
-    def __init__(self, encoder: nn.Module, temperature: float = 0.1, queue: int = 8192, momentum: float = 0.99,
-                 momentum_end: float = 0.99, gather: Callable = identity):
+    def __init__(self, encoder: nn.Module, temperature: float = 0.1, queue: int = 8192,
+                 momentum: float = 0.99, momentum_end: float = 0.99, gather: Callable = identity):
         super().__init__()
         self.encoder, self.projector = encoder, mlp([encoder.dim, 512, 128])
         self.target = copy.deepcopy(nn.Sequential(self.encoder, self.projector)).requires_grad_(False)
@@ -265,7 +274,7 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        """First in, first out: these keys replace the oldest rows, and are negatives from the next step on."""
+        """First in, first out: these keys replace the oldest rows, as negatives from the next step on."""
         follow(self.target, [self.encoder, self.projector], self.momentum, self.momentum_end, progress)
         keys = self.keys[-len(self.queue):]
         place = (self.oldest + torch.arange(len(keys), device=keys.device)) % len(self.queue)
@@ -296,7 +305,7 @@ class BYOL(nn.Module):
 
 
 class SimSiam(nn.Module):
-    """Chen & He 2021, section 4.6 (CIFAR): a two-layer projector of width 2048, a predictor that narrows to 512."""
+    """Chen & He 2021, 4.6 (CIFAR): a two-layer projector of width 2048, a predictor that narrows to 512."""
 
     def __init__(self, encoder: nn.Module, gather: Callable = identity):
         super().__init__()

@@ -1,14 +1,14 @@
-"""What the method scripts share: images, batched augmentation, backbones, precision, processes, and the run itself.
+"""What the method scripts share: images, augmentation, backbones, precision, processes, and the run itself.
 
 Nothing here belongs to a method: losses, heads, queues and banks live in the method's own file.
-Sections: errors and flags, processes, images, augmentation, backbone and frozen features, precision and
-optimisers, the run. Shapes: B batch, V views, H pixels of a stored image, S pixels of a view, N images.
+Shapes: B batch, N images, H pixels of a stored image, S pixels of a view.
 """
 import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
+import errno
 import fcntl
 import functools
 import hashlib
@@ -35,7 +35,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# ---------------------------------------------------------------------------------------------- errors and flags
+# ----------------------------------------------------------------------------------------- errors and flags
 
 
 class UsageError(Exception):
@@ -48,7 +48,7 @@ class RunError(Exception):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Turns errors that a user can cause into one line on stderr and an exit status; others keep their traceback."""
+    """A user's errors become one line on stderr and an exit status; others keep their traceback."""
     try:
         yield
         if dist.is_initialized():
@@ -76,7 +76,7 @@ class RunConfig:
     batch: int | None = None         # images per step, over all processes
     epochs: int | None = None        # passes over the training images
     arch: Arch | None = None         # backbone
-    stem: Stem = "auto"              # first layers: 3x3 without pooling, or 7x7 with; auto = cifar up to 64 px
+    stem: Stem | None = None         # first layers: 3x3 without pool, or 7x7 with; auto = cifar up to 64 px
     size: int = 0                    # pixels of a whole image, as probes see it; 0 = the set's: 32, 64 or 224
     view: int | None = None          # pixels of a training view, cut from the stored image; 0 = size
     optimizer: Literal["sgd", "lars", "adamw"] | None = None  # momentum 0.9 for sgd and lars
@@ -88,7 +88,7 @@ class RunConfig:
     out: str = ""                    # folder of this run; empty = runs/<dataset>/<method>
     cache: str = "cache"             # folder that keeps decoded images for later runs
     workers: int = 0                 # threads that decode images, once per set; 0 = one a core
-    device: str = "auto"             # auto = the accelerator that torch finds, else cpu; cpu, cuda, cuda:1, mps
+    device: str = "auto"             # auto = the accelerator that torch finds, else cpu; or cuda:1, mps
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # autocast; auto = bf16 where the hardware has it
     compile: bool = False            # torch.compile the backbone; off with --deterministic
     sync_bn: bool = True             # torchrun on CUDA: batch norm over all processes; one host wait a norm
@@ -110,10 +110,9 @@ IMAGES = {"shapes": 10_000, "cifar10": 50_000, "cifar100": 50_000, "tinyimagenet
 
 def parse(config_class: type, doc: str, argv: list[str] | None = None, shared: type = RunConfig,
           recipes: dict[str, dict] | None = None, by: str = ""):
-    """Command line -> an instance of a dataclass with config_class's fields and those of shared.
+    """Command line -> a dataclass with the fields of config_class and of shared; exits on wrong usage.
 
-    A field's trailing comment in the source is its --help text, so that a reader and a user are told the same.
-    recipes, by: see resolve(). Exits with status 2 and one line on wrong usage.
+    A field's trailing comment is its --help text. recipes, by: see resolve().
     """
     args_class, parser = _parser(config_class, shared)
     parser.description, parser.epilog = doc, show_recipes(recipes or {})
@@ -155,16 +154,21 @@ def _parser(config_class: type, shared: type) -> tuple[type, argparse.ArgumentPa
     return args_class, parser
 
 
+def prefers_small(dataset: str, device: str) -> bool:
+    """Whether the recipe of itself is the small one: for shapes, and on a CPU for every set that has one."""
+    on_cpu = device == "cpu" or device == "auto" and not torch.accelerator.is_available()
+    return dataset == "shapes" or on_cpu and dataset in IMAGES
+
+
 def resolve(cfg, recipes: dict[str, dict], by: str) -> None:
     """Fill every field of cfg that is None from its recipe.
 
-    recipes: "cifar" -> the values of all, "cifar moco" or "cifar shapes" -> what differs for a method or a set;
-    by: the field that names the method. Raises UsageError where a recipe, or an optimizer's rate, is missing.
+    recipes: "cifar" -> the values of all, "cifar moco", "cifar shapes" -> what differs for a method or a set.
+    by: the field that names the method.
     """
     size = cfg.size or SIZES[cfg.dataset]
     if cfg.recipe == "auto":
-        on_cpu = cfg.device == "cpu" or cfg.device == "auto" and not torch.accelerator.is_available()
-        small = cfg.dataset == "shapes" or on_cpu and cfg.dataset in IMAGES
+        small = prefers_small(cfg.dataset, cfg.device)
         cfg.recipe = "small" if small else "cifar" if size <= 64 else "imagenet"
     if cfg.recipe == "small" and cfg.dataset not in IMAGES:
         raise UsageError(f"--recipe small is for {', '.join(IMAGES)}, not for {cfg.dataset}")
@@ -178,7 +182,7 @@ def resolve(cfg, recipes: dict[str, dict], by: str) -> None:
         others = [column(name) for name in ("small", "cifar", "imagenet")]
         fitting = [other for other in others if other["optimizer"] == cfg.optimizer]
         if not fitting:
-            raise UsageError(f"--optimizer {cfg.optimizer}: no recipe of this method has a rate for it; give --lr")
+            raise UsageError(f"--optimizer {cfg.optimizer}: no recipe has a rate for it; give --lr")
         values |= {name: fitting[0][name] for name in ("lr", "wd", "warmup")}
     for name, value in vars(cfg).items():
         if value is None:
@@ -187,7 +191,7 @@ def resolve(cfg, recipes: dict[str, dict], by: str) -> None:
 
 
 def show_recipes(recipes: dict[str, dict]) -> str:
-    """The recipes for --help: a line a flag, a column a recipe; below them what differs by method or set."""
+    """The recipes for --help: a line a flag, a column a recipe; below, what differs by method or set."""
     columns = [key for key in recipes if " " not in key]
     lines = [["recipe", *columns]]
     for name in dict.fromkeys(name for key in columns for name in recipes[key]):
@@ -197,14 +201,14 @@ def show_recipes(recipes: dict[str, dict]) -> str:
     return "\n".join(text)
 
 
-# ---------------------------------------------------------------------------------------------- processes
+# ------------------------------------------------------------------------------------------------ processes
 # Under torchrun every process holds the same weights and a slice of each batch. A loss sees the whole batch
-# through gather() and is the same number everywhere; each process has the gradient through its own slice, and
-# their sum is the gradient of one process on the whole batch.
+# through gather() and is the same everywhere. Each process has the gradient through its own slice, and their
+# sum is the gradient of one process on the whole batch.
 
 
 def join_processes() -> None:
-    """Join the other processes of a torchrun job, which says who is who in the environment; else do nothing."""
+    """Join the other processes of a torchrun job, which are named in the environment; else do nothing."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
@@ -227,7 +231,7 @@ def say(text: str) -> None:
 
 
 def gather(x: Tensor) -> Tensor:
-    """(B / processes, ...) of every process -> (B, ...) in their order; the gradient flows into one's own part."""
+    """(B / processes, ...) of each process -> (B, ...) in their order; the gradient flows into one's own."""
     if world() == 1:
         return x
     pieces = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world())]
@@ -237,7 +241,7 @@ def gather(x: Tensor) -> Tensor:
 
 
 def sum_gradients(model: nn.Module) -> None:
-    """Sum over the processes, in one message, so that a restart does not change the order of summation."""
+    """Sum over processes, in one message, so that a restart does not change the order of summation."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     flat = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(flat)
@@ -257,7 +261,7 @@ def origin() -> dict:
     folder, blobs = pathlib.Path(__file__).resolve().parent, {}
     for module in [*sys.modules.values()]:
         path = pathlib.Path(getattr(module, "__file__", None) or "").resolve()
-        if path.parent == folder and path.suffix == ".py":
+        if path.parent == folder and path.suffix == ".py" and path.is_file():
             data = path.read_bytes()
             blobs[path.name] = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
     sha, launcher = "unknown", [pathlib.Path(sys.executable).name]
@@ -271,37 +275,35 @@ def origin() -> dict:
             "command": shlex.join([*launcher, *sys.argv])}
 
 
-# ---------------------------------------------------------------------------------------------- images
+# --------------------------------------------------------------------------------------------------- images
 # Every set is one uint8 tensor of pixels (N, 3, H, H): drawn, downloaded, or decoded once into a mapped file.
-
-SHAPES = ["disc", "ring", "square", "triangle", "star", "plus", "bar", "half disc", "crescent", "letter L"]
 
 
 def _box(x, y, half_x, half_y):
     return np.maximum(np.abs(x) - half_x, np.abs(y) - half_y)
 
 
-# Signed distance to each figure's outline, roughly, negative inside, from its own x, y and radius r.
-OUTLINES = [
-    lambda x, y, r: r - 0.85,
-    lambda x, y, r: np.abs(r - 0.75) - 0.2,
-    lambda x, y, r: _box(x, y, 0.72, 0.72),
-    lambda x, y, r: np.maximum(-y - 0.5, 0.5 * y + 0.866 * np.abs(x) - 0.5),
-    lambda x, y, r: r - (0.62 + 0.36 * np.cos(5 * np.arctan2(y, x))),
-    lambda x, y, r: np.minimum(_box(x, y, 0.95, 0.25), _box(x, y, 0.25, 0.95)),
-    lambda x, y, r: _box(x, y, 0.98, 0.28),
-    lambda x, y, r: np.maximum(r - 0.95, -y - 0.1),
-    lambda x, y, r: np.maximum(r - 0.95, 0.7 - np.hypot(x - 0.5, y)),
-    lambda x, y, r: np.minimum(_box(x + 0.55, y, 0.25, 0.9), _box(x - 0.05, y - 0.65, 0.85, 0.25)),
-]
+# Class -> signed distance to its outline, roughly, negative inside, from the figure's own x, y and radius r.
+SHAPES = {
+    "disc": lambda x, y, r: r - 0.85,
+    "ring": lambda x, y, r: np.abs(r - 0.75) - 0.2,
+    "square": lambda x, y, r: _box(x, y, 0.72, 0.72),
+    "triangle": lambda x, y, r: np.maximum(-y - 0.5, 0.5 * y + 0.866 * np.abs(x) - 0.5),
+    "star": lambda x, y, r: r - (0.62 + 0.36 * np.cos(5 * np.arctan2(y, x))),
+    "plus": lambda x, y, r: np.minimum(_box(x, y, 0.95, 0.25), _box(x, y, 0.25, 0.95)),
+    "bar": lambda x, y, r: _box(x, y, 0.98, 0.28),
+    "half disc": lambda x, y, r: np.maximum(r - 0.95, -y - 0.1),
+    "crescent": lambda x, y, r: np.maximum(r - 0.95, 0.7 - np.hypot(x - 0.5, y)),
+    "letter L": lambda x, y, r: np.minimum(_box(x + 0.55, y, 0.25, 0.9),
+                                           _box(x - 0.05, y - 0.65, 0.85, 0.25)),
+}
 
 
 def draw_shapes(n: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
     """The embedded set: n images (n, 3, size, size) uint8 and labels (n,), the same for the same seed.
 
-    A figure and a ground in two shades of almost the same grey. Place, size, rotation, brightness, tint and
-    noise are nuisance: only the outline tells images apart once crop and jitter have passed. Free colours or
-    textures would let a network tell them apart without seeing the shape.
+    Figure and ground are shades of almost the same grey, so that only the outline tells images apart after
+    crop and jitter: free colours or textures would do so without the shape.
     """
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(n) % len(SHAPES))
@@ -309,7 +311,7 @@ def draw_shapes(n: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
     angle, radius = rng.uniform(0, 2 * np.pi, (n, 1, 1)), rng.uniform(0.65, 0.9, (n, 1, 1))
     cx, cy = rng.uniform(-1, 1, (2, n, 1, 1)) * (1 - radius)
     distance = np.empty((n, size, size), np.float32)
-    for label, outline in enumerate(OUTLINES):
+    for label, outline in enumerate(SHAPES.values()):
         of = labels == label
         dx, dy = grid[None, None, :] - cx[of], grid[None, :, None] - cy[of]
         x = (np.cos(angle[of]) * dx + np.sin(angle[of]) * dy) / radius[of]  # (m, S, S), the figure's own
@@ -324,13 +326,13 @@ def draw_shapes(n: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
     return torch.from_numpy((np.clip(images, 0, 1) * 255).round().astype(np.uint8)), torch.from_numpy(labels)
 
 
-IN_MEMORY = 2 << 30  # bytes of pixels that move to the training device; a larger set is read ahead by a thread
+IN_MEMORY = 2 << 30  # bytes of pixels that move to the training device; a thread reads a larger set ahead
 
 
 class ImageSet:
-    """Images of one split. pixels (M, 3, H, H) uint8, in memory or a mapped file; labels (N,) int64, -1 where
-    there is no class; classes: their names; rows (N,): where each image stands in pixels; aspect (N,): width /
-    height of the photo that is squashed into H x H pixels, None where all are square."""
+    """Images of one split: pixels (M, 3, H, H) uint8, in memory or a mapped file; labels (N,) int64, -1 where
+    there is no class; classes, their names; rows (N,), where each image stands in pixels; aspect (N,), the
+    photos' width / height before they were squashed into H x H, None where all are square."""
 
     def __init__(self, pixels: Tensor, labels: Tensor, classes: list[str], rows: Tensor | None = None,
                  aspect: Tensor | None = None):
@@ -354,14 +356,15 @@ class ImageSet:
         return ImageSet(self.pixels.to(device), self.labels.to(device), self.classes, *parts)
 
     def batches(self, order: list[Tensor], device: torch.device):
-        """Yields (images (B, 3, H, H) uint8, aspect (B,) or None, index (B,)) on the device for every index."""
+        """For each index (B,): images (B, 3, H, H) uint8, aspect (B,) or None, and index, on the device."""
         near = self.pixels.device.type == device.type and self.pixels.nbytes <= IN_MEMORY
 
         def read(index: Tensor) -> list:
-            index = index.to(self.rows.device)
-            parts = [self.pixels[self.rows[index]], None if self.aspect is None else self.aspect[index], index]
-            pin = device.type == "cuda" and not near
-            return [x.pin_memory() if pin and x is not None else x for x in parts]
+            part = self.subset(index)
+            parts = [self.pixels[part.rows], part.aspect, index.to(self.rows.device)]
+            if near or device.type != "cuda":
+                return parts
+            return [x if x is None else x.pin_memory() for x in parts]
 
         if near:
             yield from map(read, order)
@@ -375,21 +378,14 @@ class ImageSet:
                 yield [None if x is None else x.to(device, non_blocking=True) for x in parts]
 
 
-def stored_size(size: int) -> int:
-    """Pixels at which images seen at `size` are stored: small ones as they are, large ones at 8/7: 256 for 224."""
-    return size if size <= 64 else round(size * 8 / 7)
-
-
 def load_images(dataset: str, data: str, split: str, size: int, cache: str = "cache", workers: int = 0,
                 limit: int = 0) -> ImageSet:
-    """A set's "train" or "test" images, stored at stored_size(size); limit: the first of a fixed shuffle, 0 = all.
-
-    Raises UsageError where the folder is missing, RunError where what it holds cannot be read.
-    """
-    root, stored = pathlib.Path(data).resolve(), stored_size(size)
+    """A set's "train" or "test" images for views of `size`; limit: the first of a fixed shuffle, 0 = all."""
+    root = pathlib.Path(data).resolve()
+    stored = size if size <= 64 else round(size * 8 / 7)  # small images as they are, 256 pixels for 224
     if dataset == "shapes":
         count, seed = {"train": (10_000, 0), "test": (2_000, 1)}[split]
-        images = ImageSet(*draw_shapes(count, seed, size=stored), SHAPES)
+        images = ImageSet(*draw_shapes(count, seed, size=stored), list(SHAPES))
     elif dataset in ("cifar10", "cifar100") and not (root / dataset / split).is_dir():
         images = download_cifar(dataset, root, split, stored)
     else:
@@ -416,9 +412,9 @@ def download_cifar(dataset: str, root: pathlib.Path, split: str, size: int) -> I
                 fcntl.flock(lock, fcntl.LOCK_EX)  # one process downloads, the others then find it there
                 loaded = kind(str(root), train=split == "train", download=True)
     except (OSError, RuntimeError) as error:
-        raise RunError(f"no {dataset} in {root}, and the download failed ({error}). Either copy the downloaded "
-                       f"folder to {root}, or lay the images out as "
-                       f"{root / dataset}/{{train,test}}/<class>/*.png and pass --data {root}") from None
+        raise RunError(f"no {dataset} in {root}, and the download failed ({error}). Either copy a downloaded "
+                       f"folder there, or lay the images out as {root / dataset}/{{train,test}}/<class>/"
+                       f"*.png and pass --data {root}") from None
     pixels = torch.from_numpy(loaded.data).permute(0, 3, 1, 2).contiguous()
     if size != pixels.shape[-1]:
         pixels = F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
@@ -442,21 +438,24 @@ def list_images(dataset: str, root: pathlib.Path, split: str) -> tuple[Files, li
     for place in places:
         if place.is_dir():
             return list_tree(place, IMAGENET100 if dataset == "imagenet100" else None)
-    raise UsageError(f"no {split} images for {dataset}: {' or '.join(map(str, places))} is no folder; see --data")
+    looked = " or ".join(map(str, places))
+    raise UsageError(f"no {split} images for {dataset}: no folder {looked}; see --data")
+
+
+def class_folders(root: pathlib.Path) -> list[str]:
+    """Names of the folders in root, sorted, hidden ones left out."""
+    return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 def list_tree(root: pathlib.Path, only: list[str] | None = None) -> tuple[Files, list[str]]:
-    """root/<class>/.../*.jpg and the like; without class folders one unlabelled set (label -1).
-
-    Hidden files and folders are ignored. Raises RunError where no image is found.
-    """
+    """root/<class>/.../*.jpg and the like, but hidden ones; without class folders one unlabelled set (-1)."""
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
     def below(folder: pathlib.Path, labels: dict[str, int]) -> Files:
         found = make_dataset(str(folder), labels, IMG_EXTENSIONS, allow_empty=True) if labels else []
         return [(file, label) for file, label in found if "/." not in file[len(str(folder)):]]
 
-    classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    classes = class_folders(root)
     if only is not None:
         missing = sorted(set(only) - set(classes))
         classes = [name for name in classes if name in set(only)]
@@ -475,9 +474,12 @@ def list_tiny_imagenet_val(root: pathlib.Path) -> tuple[Files, list[str]]:
     annotations, images = root / "val" / "val_annotations.txt", root / "val" / "images"
     if not annotations.is_file():
         raise UsageError(f"{annotations} is missing: want Tiny-ImageNet as published, unzipped below --data")
-    classes = sorted(p.name for p in (root / "train").iterdir() if p.is_dir())
-    rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines() if line]
-    files = [(str(images / name), classes.index(wnid)) for name, wnid in rows if (images / name).exists()]
+    classes = class_folders(root / "train")
+    try:
+        rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines() if line]
+        files = [(str(images / name), classes.index(wnid)) for name, wnid in rows if (images / name).exists()]
+    except ValueError as error:
+        raise RunError(f"{annotations} is damaged: {error}") from None
     if not files:
         raise RunError(f"{images} holds none of the images that {annotations} names")
     return files, classes
@@ -499,13 +501,14 @@ def decode(path: str, size: int) -> tuple[np.ndarray, float]:
 
 
 def decoded(files: Files, classes: list[str], size: int, path: pathlib.Path, workers: int) -> ImageSet:
-    """The files as pixels, mapped from path-<digest>.u8, which is made where it is not, and shared by all runs.
+    """The files as pixels, mapped from path-<digest>.u8, which is made once and shared by all runs.
 
-    The map holds an aspect (float32) for each file, 0 = does not decode, then their pixels; it gets its name when
-    it is whole. The digest is of the files' names: a file that changes under the same name is not seen.
+    It holds an aspect (float32) for each file, 0 = does not decode, then their pixels. The digest is of the
+    files' names: a file that changes under the same name is not seen.
     """
-    digest = hashlib.sha256("\n".join(file for file, _ in files).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(b"\n".join(os.fsencode(file) for file, _ in files)).hexdigest()[:12]
     store, count = path.with_name(f"{path.name}-{digest}.u8"), len(files)
+    total = count * (4 + 3 * size * size)
     try:
         store.parent.mkdir(parents=True, exist_ok=True)
         if not store.exists():
@@ -515,7 +518,9 @@ def decoded(files: Files, classes: list[str], size: int, path: pathlib.Path, wor
                     write_map([file for file, _ in files], size, store, workers)
     except OSError as error:
         raise RunError(f"could not write {store} ({error.strerror}); see --cache") from None
-    data = torch.from_file(str(store), size=count * (4 + 3 * size * size), dtype=torch.uint8)
+    if store.stat().st_size != total:
+        raise RunError(f"{store} has not the {total} bytes that it was written with; remove it")
+    data = torch.from_file(str(store), size=total, dtype=torch.uint8)
     aspect = data[:4 * count].view(torch.float32).clone()
     rows = aspect.nonzero()[:, 0]
     labels = torch.tensor([label for _, label in files])[rows]
@@ -524,7 +529,7 @@ def decoded(files: Files, classes: list[str], size: int, path: pathlib.Path, wor
 
 
 def write_map(files: list[str], size: int, store: pathlib.Path, workers: int) -> None:
-    """Decode every file into its row of store, with threads: Pillow lets go of the interpreter meanwhile.
+    """Decode every file into its row of store, which gets its name when it is whole.
 
     Files that do not decode are named and left out; above 1 % of them RunError, nothing written.
     """
@@ -533,26 +538,29 @@ def write_map(files: list[str], size: int, store: pathlib.Path, workers: int) ->
     new.unlink(missing_ok=True)  # of a run that was killed
     total, free = len(files) * (row + 4) / 1e9, shutil.disk_usage(store.parent).free / 1e9
     if total > free:
-        raise RunError(f"{len(files)} decoded images take {total:.2f} GB, and {store.parent} has {free:.2f} GB left; "
-                       "--cache DIR may point to another disk, --limit N takes fewer images")
+        raise RunError(f"{len(files)} decoded images take {total:.2f} GB, and {store.parent} has {free:.2f} "
+                       "GB left; --cache DIR may point to another disk, --limit N takes fewer images")
     print(f"decoding {len(files)} images once into {total:.2f} GB: {store}", flush=True)
 
     def write_row(i: int) -> None:
         try:
             pixels, aspect[i] = decode(files[i], size)
-        except Exception as error:  # Pillow raises many kinds for a broken file; each is reported with its name
+        except Exception as error:  # Pillow raises many kinds for a broken file; each is reported by name
             bad.append(f"{files[i]} ({str(error) or type(error).__name__})")
             return
-        os.pwrite(file.fileno(), pixels.tobytes(), aspect.nbytes + i * row)  # a full disk is an OSError here
+        if os.pwrite(file.fileno(), pixels.tobytes(), aspect.nbytes + i * row) < row:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     try:
-        with open(new, "wb") as file, concurrent.futures.ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        threads = concurrent.futures.ThreadPoolExecutor(workers or os.cpu_count())  # decoding frees the GIL
+        with open(new, "wb") as file, threads as pool:
             for done in [*range(1000, len(files), 1000), len(files)]:
                 list(pool.map(write_row, range((done - 1) // 1000 * 1000, done)))
                 rate = done / (time.monotonic() - began)
-                line = f"{done}/{len(files)} images, {rate:.0f}/s, {duration((len(files) - done) / rate)} left"
+                left = duration((len(files) - done) / rate)
                 if live or done % 20_000 == 0 or done == len(files):
                     end = "" if live and done < len(files) else "\n"
+                    line = f"{done}/{len(files)} images, {rate:.0f}/s, {left} left"
                     print("\r\033[K" * live + line, end=end, flush=True)
                 if len(bad) > 0.01 * len(files):
                     raise RunError(f"{len(bad)} of {len(files)} images do not decode: {'; '.join(bad[:20])}")
@@ -563,7 +571,7 @@ def write_map(files: list[str], size: int, store: pathlib.Path, workers: int) ->
     finally:
         new.unlink(missing_ok=True)
     if bad:
-        print(f"left out {len(bad)} of {len(files)} images that do not decode: {'; '.join(bad)}", file=sys.stderr)
+        print(f"left out {len(bad)} of {len(files)} images, not decodable: {'; '.join(bad)}", file=sys.stderr)
 
 
 # Tian et al. 2020, "Contrastive Multiview Coding", imagenet100.txt of the official code
@@ -580,13 +588,13 @@ n03584829 n02123045 n04229816 n02100583 n03642806 n04336792 n03259280 n02116738 
 n02090622
 """.split()
 
-# ---------------------------------------------------------------------------------------------- augmentation
+# --------------------------------------------------------------------------------------------- augmentation
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's for all: any backbone, probed on any set
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for all sets
 
 
 def crop_weights(start: Tensor, length: Tensor, flip: Tensor, source: int, size: int) -> Tensor:
-    """Matrices (..., size, source) that cut [start, start + length) out of `source` pixels and resize it to `size`.
+    """Matrices (..., size, source) that cut [start, start + length) out of `source` pixels and resize it.
 
     Bilinear with antialiasing, as torchvision's resize: a triangle of half-width max(length / size, 1) source
     pixels around each target pixel's centre, cut at the crop's edge and normalised. flip mirrors the result.
@@ -617,10 +625,7 @@ def grayscale(x: Tensor) -> Tensor:
 
 
 def adjust(x: Tensor, what: int, strength: Tensor) -> Tensor:
-    """torchvision's adjust_brightness (0), _contrast (1), _saturation (2) by 1 + strength, _hue (3) by strength.
-
-    x (B, 3, H, W) in [0, 1]; strength (B, 1, 1, 1), 0 = unchanged.
-    """
+    """torchvision's brightness, contrast, saturation (0 to 2) by 1 + strength (B, 1, 1, 1), hue (3) by it."""
     if what == 3:
         return hue(x, strength)
     base = 0.0 if what == 0 else grayscale(x)
@@ -640,7 +645,7 @@ def hue(x: Tensor, shift: Tensor) -> Tensor:
 
 
 def blur_basis(radius: int, size: int) -> Tensor:
-    """(2 radius + 1, size * size): the source pixel of each target pixel at each offset, mirrored at edges."""
+    """(2 radius + 1, size^2): the source pixel of each target pixel at each offset, mirrored at edges."""
     offset = torch.arange(-radius, radius + 1)[:, None]
     source = (torch.arange(size) + offset).abs()                                    # (K, S)
     source = torch.where(source >= size, 2 * (size - 1) - source, source)
@@ -656,8 +661,8 @@ def gaussian_blur(x: Tensor, sigma: Tensor, on: Tensor, basis: Tensor) -> Tensor
     return band @ x @ band.transpose(2, 3)
 
 
-# Uniform numbers per sample: areas and ratios of ten boxes, top, left, flip, jitter and its four strengths, gray,
-# blur and its sigma, solarize.
+# Uniform numbers per sample: areas and ratios of ten boxes, top, left, flip, jitter and its four strengths,
+# gray, blur and its sigma, solarize.
 COLUMNS = [10, 10, 1, 1, 1, 1, 4, 1, 1, 1, 1]
 UNIFORMS = sum(COLUMNS)
 
@@ -666,8 +671,8 @@ class BatchAugment(nn.Module):
     """The augmentation of a whole batch on its own device, each sample with its own parameters, in float32.
 
     size: pixels of a view. scale: share of the area that a crop keeps. jitter: strengths of brightness,
-    contrast, saturation and hue, in an order drawn once per call. flip and *_p: probabilities per sample. The
-    defaults are SimCLR's for CIFAR (Chen et al. 2020, B.9). blur's kernel is a tenth of the view.
+    contrast, saturation and hue, in an order drawn once per call. flip and *_p: probabilities per sample.
+    Defaults: SimCLR's for CIFAR (Chen et al. 2020, B.9). The blur's kernel is a tenth of the view.
     """
 
     def __init__(self, size: int, scale: tuple = (0.2, 1.0), flip: float = 0.5,
@@ -682,13 +687,13 @@ class BatchAugment(nn.Module):
 
     def forward(self, images: Tensor, generator: torch.Generator | None = None, aspect: Tensor | None = None,
                 views: int = 1) -> Tensor:
-        """images (B, 3, H, W), uint8 or float in [0, 1] -> (views * B, 3, size, size) normalised, view by view.
+        """images (B, 3, H, W), uint8 or in [0, 1] -> (views * B, 3, size, size) normalised, view by view.
 
-        aspect (B,): width / height of photos squashed into H x W, None = as they are. generator: on the CPU, so
-        that every device gets the same numbers; None is torch's own. The processes of a job take their parts of
-        the numbers that one process would draw for the whole batch.
+        aspect (B,): width / height of photos squashed into H x W, None = as they are. generator: on the CPU,
+        so that every device gets the same numbers; processes take their parts of one process's numbers.
         """
-        uniforms = torch.rand(views, world(), len(images), UNIFORMS, generator=generator)[:, rank()].flatten(0, 1)
+        uniforms = torch.rand(views, world(), len(images), UNIFORMS, generator=generator)
+        uniforms = uniforms[:, rank()].flatten(0, 1)                                # (views * B, UNIFORMS)
         order = torch.randperm(4, generator=generator).tolist()
         if images.is_cuda:
             uniforms = uniforms.pin_memory()  # from pageable memory the copy would wait for the device
@@ -697,7 +702,7 @@ class BatchAugment(nn.Module):
         return self.apply(images.repeat(views, 1, 1, 1), uniforms, order, aspect)
 
     def boxes(self, u: Tensor, height: int, width: int, aspect: Tensor | None = None):
-        """RandomResizedCrop.get_params, vectorised: u (B, 22) -> top, left, height, width (B,) in whole pixels.
+        """RandomResizedCrop.get_params, vectorised: u (B, 22) -> top, left, height, width (B,), whole pixels.
 
         The first of ten proposals that fits is taken; where none does, the largest centred box within the
         ratios. A ratio is of the photo: in pixels squashed by aspect it is divided by it.
@@ -709,15 +714,15 @@ class BatchAugment(nn.Module):
         fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
         first = fits.to(torch.uint8).argmax(1, keepdim=True)
         found = fits.gather(1, first)                                               # (B, 1)
-        w = torch.where(found, w.gather(1, first), (height * 4 / 3 / squash).round().clamp(max=width))
-        h = torch.where(found, h.gather(1, first), (width * 4 / 3 * squash).round().clamp(max=height))
+        w = torch.where(found, w.gather(1, first), (height * 4 / 3 / squash).round().clamp(1, width))
+        h = torch.where(found, h.gather(1, first), (width * 4 / 3 * squash).round().clamp(1, height))
         top = torch.where(found, u[:, 20:21] * (height - h + 1), (height - h) / 2).floor()
         left = torch.where(found, u[:, 21:22] * (width - w + 1), (width - w) / 2).floor()
         return top[:, 0], left[:, 0], h[:, 0], w[:, 0]
 
-    def apply(self, images: Tensor, uniforms: Tensor, order: list[int], aspect: Tensor | None = None) -> Tensor:
-        """The deterministic part: uniforms (B, UNIFORMS) in [0, 1), order a permutation of the colour steps."""
-        flip, jitter, strength, gray, blur, sigma, solarize = uniforms.split(COLUMNS, 1)[4:]  # (B, 1 or 4) each
+    def apply(self, images: Tensor, uniforms: Tensor, order: list[int], aspect: Tensor | None = None):
+        """The deterministic part, from uniforms (B, UNIFORMS) in [0, 1) and the order of the colour steps."""
+        flip, jitter, strength, gray, blur, sigma, solarize = uniforms.split(COLUMNS, 1)[4:]  # (B, 1 or 4)
         with torch.autocast(images.device.type, enabled=False):
             x = images.float() / 255 if images.dtype == torch.uint8 else images.float()
             boxes = self.boxes(uniforms[:, :22], *x.shape[2:], aspect)
@@ -733,28 +738,20 @@ class BatchAugment(nn.Module):
                 x = gaussian_blur(x, sigma, blur < self.blur_p, self.basis)
             if self.solarize_p:
                 x = torch.where((solarize < self.solarize_p)[:, :, None, None] & (x >= 0.5), 1 - x, x)
-            return normalise(x, self.mean, self.std)
-
-
-def normalise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(B, 3, H, W) in [0, 1] -> zero mean and unit variance, roughly."""
-    return (x - mean[:, None, None]) / std[:, None, None]
+            return (x - self.mean[:, None, None]) / self.std[:, None, None]
 
 
 def center_view(images: Tensor, size: int, aspect: Tensor | None = None) -> Tensor:
-    """Evaluation input: the centre of (B, 3, H, H) uint8 at size x size, normalised like BatchAugment's views.
-
-    Of a photo: the square of size / H of its shorter side, as torchvision's resize and centre crop.
-    """
+    """Evaluation input: the centre of (B, 3, H, H) uint8 at size x size, normalised like BatchAugment's."""
     h, x = images.shape[2], images.float() / 255
     if aspect is None:
         margin = (h - size) // 2
         x = x[:, :, margin:margin + size, margin:margin + size]
-    else:
-        height, width = size * aspect.clamp(max=1), size / aspect.clamp(min=1)      # (B,) in squashed pixels
+    else:  # size / H of a photo's shorter side: torchvision's resize and centre crop
+        height, width = size * aspect.clamp(2 / size, 1), size / aspect.clamp(1, size / 2)  # (B,), squashed
         still = torch.zeros_like(aspect, dtype=torch.bool)
         x = resized_crop(x, (h - height) / 2, (h - width) / 2, height, width, still, size)
-    return normalise(x, x.new_tensor(MEAN), x.new_tensor(STD))
+    return (x - x.new_tensor(MEAN)[:, None, None]) / x.new_tensor(STD)[:, None, None]
 
 
 def save_grid(path: pathlib.Path, views: Tensor, columns: int) -> None:
@@ -768,14 +765,14 @@ def save_grid(path: pathlib.Path, views: Tensor, columns: int) -> None:
         print(f"wrote {path}")
 
 
-# ---------------------------------------------------------------------------------------------- backbone, features
+# --------------------------------------------------------------------------------------- backbone, features
 
 
 def resnet(arch: str, stem: str) -> nn.Module:
-    """torchvision's ResNet without its classifier: (B, 3, H, W) -> (B, dim) average-pooled features, with .dim.
+    """torchvision's ResNet without classifier: (B, 3, H, W) -> (B, dim) average-pooled features, with .dim.
 
     arch: resnet10 (one basic block a stage), resnet18, resnet34, resnet50. stem: "imagenet" (7x7 stride 2,
-    max-pool) or "cifar" (3x3 stride 1, no pool; He et al. 2016, 4.2). State-dict keys: torchvision's, without fc.
+    max-pool) or "cifar" (3x3 stride 1, no pool; He et al. 2016, 4.2). Keys: torchvision's, without fc.
     """
     from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
@@ -798,15 +795,12 @@ def pick_stem(stem: str, size: int) -> str:
 
 @torch.no_grad()
 def features(encoder: nn.Module, images: ImageSet, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Frozen features (N, dim) float32 of an ImageSet's centre views in eval mode, and their labels (N,).
-
-    The processes of a job share the work and all get everything. The encoder's mode is put back.
-    """
+    """Frozen features (N, dim) float32 of an ImageSet's centre views in eval mode, and their labels (N,)."""
     mode = encoder.training
     encoder.eval()
     order, parts, rows = torch.arange(len(images)).split(500), [], []
     for index in order:
-        share = -(-len(index) // world())  # the last ones may be seen by two processes
+        share = -(-len(index) // world())  # of each process; the last images may be seen by two
         parts.append(index[(torch.arange(share) + rank() * share) % len(index)])
     for index, (x, aspect, _) in zip(order, images.batches(parts, device)):
         x = center_view(x, size, aspect).contiguous(memory_format=torch.channels_last)
@@ -834,7 +828,7 @@ def knn(train_features: Tensor, train_labels: Tensor, test_features: Tensor, tes
 
 
 def spectrum(x: Tensor) -> dict[str, float]:
-    """Two signs of collapse in features (N, D): feature_std, the standard deviation of unit rows times sqrt(D)
+    """Two signs of collapse in features (N, D): feature_std, standard deviation of unit rows times sqrt(D)
     (1 = spread evenly, 0 = one point; Chen & He 2021, fig. 2), and effective_rank, exp of the entropy of the
     normalised singular values (Roy & Vetterli 2007)."""
     unit = F.normalize(x.float(), dim=1)
@@ -844,18 +838,15 @@ def spectrum(x: Tensor) -> dict[str, float]:
             "effective_rank": rounded(torch.special.entr(p).sum().exp().item())}
 
 
-# ---------------------------------------------------------------------------------------------- precision, optimisers
+# ------------------------------------------------------------------------------------ precision, optimisers
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" -> the accelerator that torch finds, else the CPU; under torchrun the process's own GPU.
-
-    Raises UsageError for a device that is not there.
-    """
+    """ "auto" -> the accelerator that torch finds, else the CPU; UsageError for one that is not there."""
     if name == "auto":
         name = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     if name.startswith("cuda:") and world() > 1:
-        raise UsageError(f"--device {name}: under torchrun each process takes its own GPU; want --device cuda")
+        raise UsageError(f"--device {name}: under torchrun each process takes its own; want --device cuda")
     try:
         if name == "cuda" and "LOCAL_RANK" in os.environ:
             name = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -882,7 +873,7 @@ def device_name(device: torch.device) -> str:
 
 
 def pick_dtype(amp: str, device: torch.device) -> torch.dtype:
-    """The autocast type; float32 means none. Raises UsageError for fp16 without CUDA."""
+    """The autocast type; float32 means none."""
     if amp == "auto":
         native = device.type == "cpu" and cpu_info(r"\b((avx512_|amx_)?bf16)\b")
         if device.type == "cuda":
@@ -896,11 +887,12 @@ def pick_dtype(amp: str, device: torch.device) -> torch.dtype:
 class LARS(torch.optim.Optimizer):
     """SGD with momentum whose step is scaled per tensor (You et al. 2017), as solo-learn has it.
 
-    The local rate eta |w| / |g + wd w| is clipped at the global one: a step of min(eta |w| / |g|, lr). Vectors
-    and scalars (biases, norms, gates) get neither decay nor scaling.
+    The local rate eta |w| / |g + wd w| is clipped at the global one: a step of min(eta |w| / |g|, lr).
+    Biases, norms and gates get neither decay nor scaling.
     """
 
-    def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.9, eta: float = 0.02):
+    def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.9,
+                 eta: float = 0.02):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, eta=eta))
 
     @torch.no_grad()
@@ -939,14 +931,14 @@ def cosine(step: int, steps: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-# ---------------------------------------------------------------------------------------------- run
+# ------------------------------------------------------------------------------------------------------ run
 
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path, keep: bool = False):
-    """A file for writing that takes path's place when it is whole: a crash leaves the old file or the new one.
+    """A file for writing that takes path's place when it is whole: a crash leaves the old one or the new one.
 
-    keep: the file before it stays as .previous. Raises RunError, the old file untouched, where it can't be written.
+    keep: the old one stays as .previous. Raises RunError, nothing changed, where it cannot be written.
     """
     new = path.with_name(path.name + ".tmp")
     try:
@@ -969,15 +961,14 @@ def replacing(path: pathlib.Path, keep: bool = False):
 def read_checkpoint(path: pathlib.Path) -> dict:
     """The dict of tensors and plain values in a file of torch.save; tensors stay on the disk until copied.
 
-    Raises RunError where the container's checksums do not fit, or where it holds anything else, which is never
-    unpickled.
+    Raises RunError where the container's checksums do not fit, or for anything else in it, never unpickled.
     """
     try:
         with zipfile.ZipFile(path) as container:
             if container.testzip() is not None:
                 raise zipfile.BadZipFile("a checksum does not fit")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # zipfile and torch raise many kinds for damaged bytes; the first line says which
+    except Exception as error:  # zipfile and torch raise many kinds for damaged bytes
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise RunError(f"{path} is damaged, or no checkpoint that can be read safely: {reason}") from None
 
@@ -1034,7 +1025,13 @@ class Run:
         torch.backends.cudnn.benchmark = not cfg.deterministic
         self.size, self.view = cfg.size or SIZES[cfg.dataset], cfg.view
         self.stem = pick_stem(cfg.stem, self.size)
-        self._check_pixels(smallest or self.view)
+        smallest, stride = smallest or self.view, 8 if self.stem == "cifar" else 32  # of the last stage
+        if min(self.size, smallest) < 8:
+            raise UsageError(f"images of {self.size} and views of {smallest} pixels: want 8 or more of each")
+        if smallest <= stride:
+            say(f"the last stage sees one pixel of a view of {smallest}")
+        if smallest <= stride // 2 and self.device.type == "cpu":
+            self.dtype = torch.float32  # oneDNN's bf16 leaves gradients of a strided 1 x 1 input unwritten
         if cfg.batch % world():
             raise UsageError(f"--batch {cfg.batch} is over all processes, and {world()} do not divide it")
         self.batch = cfg.batch // world()  # of this process
@@ -1048,28 +1045,18 @@ class Run:
         self.steps = self.steps_per_epoch * cfg.epochs
         self.lr = cfg.lr * cfg.batch / 256
         self.epoch = self.step = 0
-        self.bad = torch.zeros((), dtype=torch.long, device=self.device)  # steps in a row without a finite loss
-        self.worst = self.bad                                             # the most of them
+        # Steps in a row without a finite loss, now and at most; on the device, so that none waits for it.
+        self.bad = self.worst = torch.zeros((), dtype=torch.long, device=self.device)
         self.sums: dict[str, Tensor] = {}
         self.seconds, self.stopping = 0.0, 0
-
-    def _check_pixels(self, smallest: int) -> None:
-        if min(self.size, smallest) < 8:
-            raise UsageError(f"images of {self.size} and views of {smallest} pixels: want 8 or more of each")
-        stride = 8 if self.stem == "cifar" else 32  # of the last stage
-        if smallest <= stride:
-            say(f"the last stage sees one pixel of a view of {smallest}")
-        if smallest <= stride // 2 and self.device.type == "cpu":
-            self.dtype = torch.float32  # oneDNN's bf16 leaves gradients of a strided 1 x 1 input unwritten
 
     def start(self, model: nn.Module, encoder: nn.Module, bank: nn.Module | None = None) -> None:
         """Move the modules to the device, make the optimizer, claim the folder, go on from its checkpoint.
 
-        model holds all that is trained or averaged, encoder among it; bank is saved beside it. Raises UsageError
-        where the folder is another configuration's or a living run's, RunError where its checkpoints are damaged.
+        model holds all that is trained or averaged, encoder among it; bank is saved beside it.
         """
         cfg = self.cfg
-        if world() > 1 and self.device.type == "cuda" and cfg.sync_bn:  # a CPU's process normalises its own part
+        if world() > 1 and self.device.type == "cuda" and cfg.sync_bn:  # on CPUs each normalises its own part
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.encoder, self.bank = encoder, None if bank is None else bank.to(self.device)
@@ -1077,7 +1064,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         parts = {"model": self.model, "bank": self.bank, "optimizer": self.optimizer, "scaler": self.scaler}
         self.parts = {name: part for name, part in parts.items() if part is not None}  # saved and restored
-        for module in [self.model, self.bank][:1 + (bank is not None)]:
+        for module in filter(None, (self.model, self.bank)):
             broadcast(module)
         if cfg.compile and not cfg.deterministic:
             encoder.compile()
@@ -1105,24 +1092,24 @@ class Run:
         self.lines = [json.dumps(header)]
         self._resume()
         if len(set(gather(torch.tensor([self.step])).tolist())) > 1:
-            raise RunError(f"the processes found different checkpoints in {self.out}: want a folder that all see")
+            raise RunError(f"the processes found different checkpoints: {self.out} must be one folder")
         self._write_log()
 
     def _resume(self) -> None:
         path, log = self.out / "checkpoint.pt", self.out / "log.jsonl"
-        state, candidates = None, [p for p in (path, path.with_suffix(".previous")) if p.exists()]
+        candidates = [p for p in (path, path.with_suffix(".previous")) if p.exists()]
+        if not candidates:
+            if log.exists():
+                self._refuse_other(json.loads(log.read_text().splitlines()[0]))
+            return
         for candidate in candidates:
             try:
                 state = read_checkpoint(candidate)
                 break
             except RunError as error:
                 print(f"{error}; trying the one before it", file=sys.stderr)
-        if state is None and candidates:
+        else:
             raise RunError(f"no checkpoint in {self.out} can be read; move the folder away to start anew")
-        if state is None:
-            if log.exists():
-                self._refuse_other(json.loads(log.read_text().splitlines()[0]))
-            return
         try:
             self._refuse_other(state)
             for name, part in self.parts.items():
@@ -1138,25 +1125,21 @@ class Run:
         say(f"resumed at step {self.step} of {self.steps} from {candidate}")
 
     def _refuse_other(self, other: dict) -> None:
-        """Raises UsageError where a log or a checkpoint is not this run's, naming the fields that differ."""
+        """UsageError where a log or a checkpoint is not this run's, naming the fields that differ."""
         if other["method"] != self.method:
-            raise UsageError(f"{self.out} is of {other['method']}, not of {self.method}; choose another --out")
+            raise UsageError(f"{self.out} is of {other['method']}, not {self.method}; choose another --out")
         ours, theirs = vars(self.cfg), other["config"]
-        free = FREE_FIELDS - {"data"} if self.cfg.dataset == "folder" else FREE_FIELDS  # another folder, another set
+        free = FREE_FIELDS - {"data"} if ours["dataset"] == "folder" else FREE_FIELDS  # data is the set there
         names = [n for n in sorted({*ours, *theirs} - free) if ours.get(n) != theirs.get(n)]
         if names:
             keys = ", ".join(f"{n} ({theirs.get(n)!r}, not {ours.get(n)!r})" for n in names)
             raise UsageError(f"{self.out} is of another configuration: {keys}; choose another --out")
 
     def save(self) -> None:
-        """All that is needed to go on bit for bit, to OUT/checkpoint.pt. Raises RunError, nothing written, where
-        the loss of a step since the last save, or a value, is not finite."""
-        self._stop_if_bad()
+        """All that is needed to go on bit for bit, to OUT/checkpoint.pt; RunError where it is not finite."""
         state = {name: part.state_dict() for name, part in self.parts.items()}
         values = [*state["model"].values(), *state.get("bank", {}).values()]
-        norms = torch._foreach_norm([v for v in values if v.is_floating_point()])
-        if not torch.stack(norms).sum().isfinite():
-            raise RunError(f"parameters are not finite after step {self.step}{self._advice()}")
+        self._stop_if_bad([value for value in values if value.is_floating_point()])
         self.saved = time.monotonic()
         if rank():
             return
@@ -1244,12 +1227,13 @@ class Run:
     def _stop(self, status: int) -> None:
         gather(torch.zeros(1))  # torchrun kills the rest of a job once one ends, process 0 at its save too
         why = signal.Signals(status - 128).name if status > 128 else f"--minutes {self.cfg.minutes:g}"
-        say(f"stopped by {why}; saved at step {self.step} of {self.steps}: the same command goes on from here")
+        say(f"stopped by {why}; saved at step {self.step} of {self.steps}: "
+            "the same command goes on from there")
         raise SystemExit(status)
 
     def optimise(self, loss: Tensor) -> None:
-        """Backward and one optimizer step. Raises RunError on a loss that is not finite: at once on a CPU, within
-        50 steps elsewhere, so that no step waits for the device; nothing of it is ever saved. In fp16 the scaler
+        """Backward and one optimizer step. RunError on a loss that is not finite: at once on a CPU, elsewhere
+        within 50 steps, so that no step waits for the device; nothing of it is ever saved. In fp16 the scaler
         skips a step whose gradient overflowed, and the fifth in a row raises."""
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
@@ -1268,61 +1252,63 @@ class Run:
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
-    def _stop_if_bad(self) -> None:
+    def _stop_if_bad(self, values: list[Tensor] | None = None) -> None:
         if self.worst >= (5 if self.scaler.is_enabled() else 1):
-            raise RunError(f"loss or gradients not finite, {int(self.worst)} in a row, by step {self.step}{self._advice()}")
-
-    def _advice(self) -> str:
-        return (f" (lr {self.optimizer.param_groups[0]['lr']:.4g}); the checkpoint before it is untouched; "
-                "try a lower --lr or a longer --warmup, with another --out")
+            what = "loss or gradients are not finite at"
+        elif values and not torch.stack(torch._foreach_norm(values)).sum().isfinite():
+            what = "parameters are not finite after"
+        else:
+            return
+        lr = self.optimizer.param_groups[0]["lr"]
+        raise RunError(f"{what} step {self.step} (lr {lr:.4g}); the checkpoint before it is untouched; "
+                       "try a lower --lr or a longer --warmup, with another --out")
 
     @torch.no_grad()
     def log(self, **values: Tensor) -> None:
-        """Add this step's values (scalars or small vectors) to the epoch's means; nothing leaves the device."""
+        """Add this step's values (scalars or small vectors) to the epoch's means, on the device."""
         for name, value in values.items():
             value = value.detach().float()
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
 
-    def _left(self) -> float:
-        """Seconds to the end at the pace since this process started."""
-        return (time.monotonic() - self.began) / max(1, self.step - self.first) * (self.steps - self.step)
-
-    def _rate(self) -> float:
-        """Images/s since the last epoch ended; an image counts once, however many views are made of it."""
-        return (self.step - self.mark_step) * self.cfg.batch / max(1e-9, time.monotonic() - self.mark)
+    def _pace(self) -> tuple[float, float]:
+        """Images/s (not views) since the last epoch ended, and seconds to the end at the pace so far."""
+        now = time.monotonic()
+        rate = (self.step - self.mark_step) * self.cfg.batch / max(1e-9, now - self.mark)
+        return rate, (now - self.began) / max(1, self.step - self.first) * (self.steps - self.step)
 
     def _progress(self) -> None:
-        cfg = self.cfg
+        cfg, (rate, left) = self.cfg, self._pace()
         if self.step - self.first == 20 and self.step < self.steps:
-            line = f"estimated end in {duration(self._left())}"
+            line = f"estimated end in {duration(left)}"
             if cfg.recipe == "small":  # every method's cifar recipe is ResNet-18 on all images for 200 epochs
                 full = flops("resnet18", "cifar", SIZES[cfg.dataset]) * IMAGES[cfg.dataset] * 200
                 ours = flops(cfg.arch, self.stem, self.view) * (self.steps - self.step) * cfg.batch
-                line += f"; --recipe cifar would take about {duration(self._left() * full / ours)} here"
+                line += f"; --recipe cifar would take about {duration(left * full / ours)} here"
             say(line)
         if sys.stdout.isatty() and rank() == 0:
             place = f"{self.epoch + 1}/{cfg.epochs} step {self.step}/{self.steps}"
-            print(f"\r\033[K{place} {self._rate():.0f} images/s, {duration(self._left())} left", end="", flush=True)
+            print(f"\r\033[K{place} {rate:.0f} images/s, {duration(left)} left", end="", flush=True)
 
     def _end_epoch(self) -> None:
         self._stop_if_bad()
         means = {name: rounded((value / self.steps_per_epoch).tolist()) for name, value in self.sums.items()}
-        self.sums, rate, epochs = {}, round(self._rate(), 1), self.cfg.epochs
-        line = {"epoch": self.epoch, "step": self.step, "lr": rounded(self.optimizer.param_groups[0]["lr"]), **means}
+        self.sums, epochs, rate = {}, self.cfg.epochs, self._pace()[0]  # before the monitor, which takes time
+        lr = rounded(self.optimizer.param_groups[0]["lr"])
+        line = {"epoch": self.epoch, "step": self.step, "lr": lr, **means}
         if self.cfg.knn_every and (self.epoch % self.cfg.knn_every == 0 or self.epoch == epochs):
             line |= self.monitor()
-        line |= {"images_per_s": rate, "minutes": round(self.seconds / 60, 3)}
+        line |= {"images_per_s": round(rate, 1), "minutes": round(self.seconds / 60, 3)}
         self.lines.append(json.dumps(line))
         self._write_log()
         shown = " ".join(f"{k} {v}" for k, v in line.items() if k not in ("epoch", "step", "lr", "minutes"))
         clear = "\r\033[K" * sys.stdout.isatty()
-        say(f"{clear}epoch {self.epoch}/{epochs} {shown}, {duration(self._left())} left")
+        say(f"{clear}epoch {self.epoch}/{epochs} {shown}, {duration(self._pace()[1])} left")
         self.mark, self.mark_step = time.monotonic(), self.step
 
     @torch.no_grad()
     def monitor(self) -> dict[str, float]:
-        """Online kNN and collapse signs on training images alone: at most 1,000 of a held-out tenth, classified
-        by the labels of at most 5,000 others. Without labels only the collapse signs."""
+        """Online kNN and collapse signs on training images alone: at most 1,000 of a held-out tenth, by their
+        neighbours among 5,000 others. Without classes only the collapse signs."""
         order = torch.randperm(len(self.images), generator=seeded("monitor"))
         query = order[:min(1000, max(1, len(order) // 10))]
         bank = order[len(query):len(query) + 5000]

@@ -2,17 +2,18 @@
 
     python linear_probe.py --backbone runs/cifar10/bassl/backbone.pt        # data set and data as in its log
     python linear_probe.py --backbone runs/cifar10/bassl/backbone.pt --dataset cifar100         # transfer
-    python linear_probe.py --backbone resnet50.pth --arch resnet50 --stem imagenet --dataset imagenet100 --data DIR
-    python linear_probe.py --random --dataset cifar10                       # an untrained network, the recipe's
+    python linear_probe.py --backbone resnet50.pth --arch resnet50 --dataset imagenet100 --data DIR
+    python linear_probe.py --random --dataset cifar10                       # an untrained network
     python linear_probe.py --backbone runs/shapes/bassl/backbone.pt --neighbours neighbours.png
 
 Features are the average-pooled outputs of the bare backbone in eval mode. Metrics are top-1 in percent:
     knn_top1      cosine kNN, k = 200, T = 0.1 (lightly)
     knn20_top1    cosine kNN, k = 20, T = 0.07 (solo-learn)
-    probe_top1    logistic regression on cached features; L-BFGS, L2 chosen on a held-out tenth of the training images
-    linear_top1   SGD on augmented views: lr 0.1 x batch/256, momentum 0.9, no decay, cosine, crop (0.08, 1), flip
-Nothing is chosen on the test split; --split held-out leaves it alone and tests on the last tenth of the training
-images, for choices. The row is appended to results.jsonl beside the backbone, and rewritten as its metrics come.
+    probe_top1    logistic regression on cached features; L-BFGS, L2 chosen on a tenth of the training images
+    linear_top1   SGD: lr 0.1 x batch/256, momentum 0.9, no decay, cosine, views by crop (0.08, 1) and flip
+Nothing is chosen on the test split; --split held-out leaves it alone and tests on a tenth of the training
+images, for choices. The row is appended to results.jsonl beside the backbone, and rewritten as its metrics
+come.
 """
 import functools
 import hashlib
@@ -33,25 +34,25 @@ from common import BatchAugment, ImageSet, RunError, UsageError, features, knn, 
 
 @dataclass
 class Config:
-    backbone: str = ""           # file: a backbone.pt of ours, or any state dict with torchvision's ResNet keys
+    backbone: str = ""           # file: a backbone.pt of ours, or a state dict with torchvision's ResNet keys
     random: bool = False         # probe an untrained network instead
-    dataset: common.Dataset | None = None  # what to probe on; recipe = what the backbone was trained on, or shapes
+    dataset: common.Dataset | None = None  # what to probe on; recipe = the backbone's own set, or shapes
     data: str | None = None      # where the images are; recipe = where they were for the pretraining, or data
-    arch: common.Arch | None = None  # recipe = the backbone's own; of --random: as the small or full recipe there
+    arch: common.Arch | None = None  # recipe = the backbone's own; of --random: the small or full recipe's
     stem: common.Stem = "auto"   # auto = the file's, or cifar up to 64 px
     size: int | None = None      # pixels of the network's input; recipe = the set's own
-    split: Literal["test", "held-out"] = "test"  # held-out: fit on 9/10 of the training images, test on the rest
-    fraction: float = 1.0        # share of each class's training labels that probes and kNN may use, as 0.01 or 0.1
+    split: Literal["test", "held-out"] = "test"  # held-out: fit on 9/10 of the training images, test on 1/10
+    fraction: float = 1.0        # share of each class's training labels for probes and kNN, as 0.01 or 0.1
     quick: bool = True           # compute probe_top1; 8 GB for ImageNet-1k with ResNet-50
     epochs: int | None = None    # of the SGD probe, 0 = skip it; recipe = 100, and 0 after the small recipe
     lr: float = 0.1              # SGD probe, at batch 256
     batch: int = 256             # SGD probe
-    seed: int | None = None      # of the SGD probe, the labels, the random network; recipe = the pretraining's, or 0
+    seed: int | None = None      # of SGD probe, labels, random network; recipe = the pretraining's, or 0
     out: str = ""                # folder of results.jsonl; empty = the backbone's, or runs/<dataset>/random
     cache: str = "cache"         # folder that keeps decoded images for later runs
     workers: int = 0             # threads that decode images, once per set; 0 = one a core
     device: str = "auto"         # auto = the accelerator that torch finds, else cpu
-    neighbours: str = ""         # write a PNG: test images, each beside its eight nearest training images, and stop
+    neighbours: str = ""         # write a PNG, test images beside their nearest training images, and stop
 
 
 METRICS = ["knn_top1", "knn20_top1", "probe_top1", "linear_top1"]
@@ -66,7 +67,7 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 def fit_logistic(x: Tensor, y: Tensor, classes: int, l2: float, block: int = 100_000) -> nn.Linear:
-    """Multinomial logistic regression on x (N, D), y (N,): mean cross-entropy + l2 / 2 |weight|^2, L-BFGS from zero.
+    """Multinomial logistic regression on x (N, D), y (N,): mean cross-entropy + l2 / 2 |weight|^2, L-BFGS.
 
     In blocks of rows, so that the logits of a large set are never there at once.
     """
@@ -90,8 +91,8 @@ def fit_logistic(x: Tensor, y: Tensor, classes: int, l2: float, block: int = 100
 
 
 def quick_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, classes: int) -> float:
-    """probe_top1: standardised features (in place), L2 of six decades chosen on a tenth of the training rows that
-    is held out, refitted on all of them."""
+    """probe_top1: standardised features (in place), L2 of six decades chosen on a tenth of the training rows
+    that is held out, refitted on all of them."""
     mean, std = train_x.mean(0), train_x.std(0).clamp(min=1e-6)
     for x in (train_x, test_x):
         x.sub_(mean).div_(std)
@@ -107,7 +108,8 @@ def quick_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor
     return accuracy(fit_logistic(train_x, train_y, classes, best)(test_x), test_y)
 
 
-def sgd_probe(encoder: nn.Module, train: ImageSet, test: ImageSet, cfg: Config, device: torch.device) -> float:
+def sgd_probe(encoder: nn.Module, train: ImageSet, test: ImageSet, cfg: Config,
+              device: torch.device) -> float:
     """linear_top1: a linear layer trained by SGD on features of augmented views; last epoch."""
     torch.manual_seed(cfg.seed)
     head = nn.Linear(encoder.dim, len(train.classes)).to(device)
@@ -117,8 +119,9 @@ def sgd_probe(encoder: nn.Module, train: ImageSet, test: ImageSet, cfg: Config, 
     augment = BatchAugment(cfg.size, scale=(0.08, 1.0), jitter=(0, 0, 0, 0), gray_p=0).to(device)
     labels = train.labels.to(device)
     for epoch in range(cfg.epochs):
-        order = torch.randperm(len(train), generator=seeded(cfg.seed, epoch)).split(batch)[:len(train) // batch]
-        parts = [positions.chunk(world())[rank()] for positions in order]
+        order = torch.randperm(len(train), generator=seeded(cfg.seed, epoch))
+        whole = order.split(batch)[:len(train) // batch]
+        parts = [positions.chunk(world())[rank()] for positions in whole]
         for step, (images, aspect, index) in enumerate(train.batches(parts, device)):
             with torch.no_grad():
                 x = common.gather(encoder(augment(images, seeded(cfg.seed, epoch, step), aspect)))  # (B, D)
@@ -129,7 +132,8 @@ def sgd_probe(encoder: nn.Module, train: ImageSet, test: ImageSet, cfg: Config, 
             scheduler.step()
         if sys.stdout.isatty() and rank() == 0:
             end = "\n" if epoch + 1 == cfg.epochs else ""
-            print(f"\r\033[KSGD probe: epoch {epoch + 1}/{cfg.epochs}, loss {loss.item():.3f}", end=end, flush=True)
+            line = f"SGD probe: epoch {epoch + 1}/{cfg.epochs}, loss {loss.item():.3f}"
+            print(f"\r\033[K{line}", end=end, flush=True)
     with torch.no_grad():
         x, y = features(encoder, test, cfg.size, device)
         return accuracy(head(x), y)
@@ -152,8 +156,8 @@ def label_fraction(images: ImageSet, fraction: float, seed: int) -> ImageSet:
 def load_backbone(path: str, arch: str | None = None, stem: str = "auto") -> tuple[nn.Module, str, str]:
     """A backbone file -> (encoder, arch, stem). arch and stem are the file's own where it is one of ours.
 
-    Raises RunError where the file cannot be read safely, UsageError where its keys, shapes, stem or arch are not
-    the asked ones, naming them. A classifier (fc.*) is left out; everything else must fit exactly.
+    Raises RunError where the file cannot be read safely, UsageError where its keys, shapes, stem or arch are
+    not the asked ones, naming them. A classifier (fc.*) is left out; everything else must fit exactly.
     """
     if not pathlib.Path(path).is_file():
         raise UsageError(f"--backbone {path}: no such file")
@@ -210,11 +214,13 @@ def run_facts(lines: list[dict]) -> dict:
     header, cfg, last = lines[0], lines[0]["config"], lines[-1]
     names = ("method", "variant", "images", "device", "precision", "sha", "blobs", "torch", "command")
     facts = {name: header[name] for name in names}
-    facts |= {"pretrained_on": cfg["dataset"], "recipe": cfg["recipe"], "epochs": cfg["epochs"], "batch": cfg["batch"],
-              "seed": cfg["seed"], "effective_lr": header["effective_lr"], "parameters": header["encoder_parameters"],
-              "minutes": last.get("minutes"), "images_per_s": last.get("images_per_s"), "train_loss": last.get("loss")}
+    facts |= {"pretrained_on": cfg["dataset"], "recipe": cfg["recipe"], "epochs": cfg["epochs"],
+              "batch": cfg["batch"], "seed": cfg["seed"], "effective_lr": header["effective_lr"],
+              "parameters": header["encoder_parameters"], "minutes": last.get("minutes"),
+              "images_per_s": last.get("images_per_s"), "train_loss": last.get("loss")}
     facts["gates"] = [value for name, value in last.items() if name.startswith("gate_")]
-    facts["curve"] = [[line["minutes"], line["epoch"], line["knn_top1"]] for line in lines if "knn_top1" in line]
+    checked = [line for line in lines if "knn_top1" in line]
+    facts["curve"] = [[line["minutes"], line["epoch"], line["knn_top1"]] for line in checked]
     return facts | {"config": cfg}
 
 
@@ -227,14 +233,16 @@ def fill_in(cfg: Config, lines: list[dict]) -> None:
     cfg.size = cfg.size or (same and trained["size"]) or common.SIZES[cfg.dataset]
     cfg.seed = trained.get("seed", 0) if cfg.seed is None else cfg.seed
     small = trained.get("recipe") == "small"
-    if cfg.random:
-        on_cpu = common.pick_device(cfg.device).type == "cpu"
-        small = cfg.dataset == "shapes" or on_cpu and cfg.dataset in common.IMAGES
+    if cfg.random:  # the network of the methods' recipes for this set
+        small = common.prefers_small(cfg.dataset, cfg.device)
         cfg.arch = cfg.arch or ("resnet10" if small else "resnet18")
+        if cfg.stem == "auto" and small and cfg.dataset in ("shapes", "tinyimagenet"):
+            cfg.stem = "imagenet"
     if cfg.epochs is None:
         cfg.epochs = 0 if small else 100
         if small and not cfg.neighbours:
-            common.say("no linear_top1: 100 epochs of SGD cost more than the small recipe; --epochs 100 brings it back")
+            common.say("no linear_top1: 100 epochs of SGD cost more than the small recipe; "
+                       "--epochs 100 brings it back")
 
 
 def load_splits(cfg: Config) -> tuple[ImageSet, ImageSet]:
@@ -243,7 +251,8 @@ def load_splits(cfg: Config) -> tuple[ImageSet, ImageSet]:
                              workers=cfg.workers)
     train = load(split="train")
     if len(train.classes) < 2:
-        raise UsageError(f"{cfg.data} has no classes to probe; want DIR/train/<class>/... and DIR/test/<class>/...")
+        raise UsageError(f"{cfg.data} has no classes to probe; "
+                         "want DIR/train/<class>/... and DIR/test/<class>/...")
     if cfg.split == "held-out":
         order = torch.randperm(len(train), generator=seeded("held-out"))
         held = len(train) // 10
@@ -251,12 +260,13 @@ def load_splits(cfg: Config) -> tuple[ImageSet, ImageSet]:
     else:
         test = load(split="test")
     if train.classes != test.classes:
-        raise UsageError(f"training and test classes differ: {sorted({*train.classes} ^ {*test.classes})[:5]}")
+        differ = sorted({*train.classes} ^ {*test.classes})
+        raise UsageError(f"training and test classes differ: {differ[:5]}")
     return (label_fraction(train, cfg.fraction, cfg.seed) if cfg.fraction < 1 else train), test
 
 
 def draw_neighbours(path: str, train: ImageSet, test: ImageSet, train_x: Tensor, test_x: Tensor) -> None:
-    """A PNG: ten test images, one a line, each beside its eight nearest training images, green if of its class."""
+    """A PNG of ten test images, each beside its eight nearest training images, green if of its class."""
     from torchvision.utils import save_image
 
     first = [(test.labels == c).nonzero()[:1, 0] for c in range(len(test.classes))]
@@ -298,10 +308,13 @@ def probe(cfg: Config) -> dict | None:
     encoder = encoder.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     digest = fingerprint(encoder)
 
-    out = pathlib.Path(cfg.out or (f"runs/{cfg.dataset}/random" if cfg.random else pathlib.Path(cfg.backbone).parent))
+    beside = f"runs/{cfg.dataset}/random" if cfg.random else pathlib.Path(cfg.backbone).parent
+    out = pathlib.Path(cfg.out or beside)
     results = out / "results.jsonl"
     rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    asked = {"knn_top1", "knn20_top1"} | ({"probe_top1"} if cfg.quick else set()) | ({"linear_top1"} if cfg.epochs else set())
+    asked = {"knn_top1", "knn20_top1"}
+    asked |= {"probe_top1"} if cfg.quick else set()
+    asked |= {"linear_top1"} if cfg.epochs else set()
     key = {"dataset": cfg.dataset, "backbone": digest[:16], "split": cfg.split, "fraction": cfg.fraction,
            "probe_seed": cfg.seed, "linear_epochs": cfg.epochs, "size": cfg.size}
     there = [row for row in rows if all(row.get(name) == value for name, value in key.items())]
@@ -311,7 +324,8 @@ def probe(cfg: Config) -> dict | None:
 
     train, test = (images.to(device) for images in load_splits(cfg))
     began = time.monotonic()
-    (train_x, train_y), (test_x, test_y) = (features(encoder, images, cfg.size, device) for images in (train, test))
+    train_x, train_y = features(encoder, train, cfg.size, device)
+    test_x, test_y = features(encoder, test, cfg.size, device)
     if cfg.neighbours:
         return draw_neighbours(cfg.neighbours, train, test, train_x, test_x)
     made = common.origin()

@@ -1,17 +1,19 @@
-"""Single-branch instance discrimination with a memory bank and self-distillation (Cao & Wu, arXiv 2404.19289).
+"""Single-branch instance discrimination with a memory bank and self-distillation (arXiv 2404.19289).
 
     python npid_distill.py --dataset cifar10       # on a CPU the small recipe, on a GPU the official run
-    python npid_distill.py --dataset cifar10 --init random --update ema --lambda-kl 0 --cutmix 0    # plain NPID
+    python npid_distill.py --dataset cifar10 --init random --update ema --lambda-kl 0 --cutmix 0  # plain NPID
     torchrun --nproc-per-node=8 npid_distill.py --dataset imagenet100 --data DIR
 
-Each image is its own class; a memory bank holds one unit row per image, and p = softmax(z . w / tau) classifies
-the one crop of the image that a step sees. Against plain NPID (Wu et al. 2018), each with its switch:
+Each image is its own class; a memory bank holds one unit row per image, and p = softmax(z . w / tau)
+classifies the one crop of the image that a step sees. Cao & Wu add to plain NPID (Wu et al. 2018), each with
+its switch:
 - calibration (--init): rows start as a forward pass of the untrained network over every image;
 - gradient update (--update grad): rows follow the loss's own gradient, negatives included, see grad_update;
 - self-distillation (--lambda-kl): KL(p' || u), u = p'^power renormalised, no gradient through u, see sqrt_kl.
-The two softmaxes differ: the cross-entropy divides cosines by tau, the KL term takes them as they are, as the
-official code does (--temper-kl divides them too). The gradient update is not in that code, and the paper's full
-text was not at hand: the use of the momentum in it is our reading. README, "Deviations in NPID", has the rest.
+The two softmaxes differ: the cross-entropy divides cosines by tau, the KL term takes them as they are, as
+the official code does (--temper-kl divides them too). The gradient update is not in that code, and the
+paper's full text was not at hand: the use of the momentum in it is our reading. README, "Deviations in NPID",
+has the rest.
 
 Shapes: B batch, N images, D embedding, K rows in play, L labels per sample (2 under CutMix).
 """
@@ -38,21 +40,26 @@ class Config:
     cutmix: float | None = None     # alpha of CutMix's Beta distribution, 0 = off
     tau: float = 0.2                # softmax temperature of the cross-entropy; official run.sh
     bank_momentum: float = 0.5      # m of the bank update; official run.sh
-    negatives: int | None = None    # rows sampled per step beside the batch's; 0 = all (1 GB on CIFAR at batch 512)
+    negatives: int | None = None    # rows sampled per step beside the batch's; 0 = all (CIFAR: 1 GB)
     dim: int | None = None          # width of the embedding and of the bank
 
 
 # Values of the flags that are not given, by --recipe; "imagenet imagenet1k": what differs for a data set.
 RECIPES = {
-    # Two CPU cores, chosen on held-out training images: results/small.sh.
-    "small": dict(arch="resnet10", view=16, batch=64, epochs=20, limit=10_000, optimizer="sgd", lr=0.5, wd=1e-4,
-                  warmup=0.0, cutmix=0.0, negatives=10_000, dim=512),
+    # Two CPU cores: the other methods' network and views, fewer images more often.
+    "small": dict(
+        arch="resnet10", stem="auto", view=16, batch=128, epochs=15, limit=10_000,
+        optimizer="sgd", lr=0.5, wd=1e-4, warmup=0.0, cutmix=0.0, negatives=10_000, dim=512),
+    "small shapes": dict(stem="imagenet", view=32, epochs=35, limit=1000),  # the demo: four minutes in all
+    "small tinyimagenet": dict(stem="imagenet", view=64),
     # The official code's run.sh for CIFAR: SGD 1.0 at batch 512.
-    "cifar": dict(arch="resnet18", view=0, batch=512, epochs=200, limit=0, optimizer="sgd", lr=0.5, wd=1e-4,
-                  warmup=0.0, cutmix=0.5, negatives=10_000, dim=2048),
+    "cifar": dict(
+        arch="resnet18", stem="auto", view=0, batch=512, epochs=200, limit=0,
+        optimizer="sgd", lr=0.5, wd=1e-4, warmup=0.0, cutmix=0.5, negatives=10_000, dim=2048),
     # Ours: the CIFAR run on larger images, as the official code has no ImageNet run.
-    "imagenet": dict(arch="resnet18", view=0, batch=512, epochs=200, limit=0, optimizer="sgd", lr=0.5, wd=1e-4,
-                     warmup=0.0, cutmix=0.5, negatives=10_000, dim=2048),
+    "imagenet": dict(
+        arch="resnet18", stem="auto", view=0, batch=512, epochs=200, limit=0,
+        optimizer="sgd", lr=0.5, wd=1e-4, warmup=0.0, cutmix=0.5, negatives=10_000, dim=2048),
     "imagenet imagenet1k": dict(dim=128),  # Wu et al. 2018; a bank of 0.7 GB in place of 10.5
 }
 
@@ -75,12 +82,12 @@ def in_float32(loss: Callable) -> Callable:
 
 @in_float32
 def sqrt_kl(logits: Tensor, power: float = 0.5) -> Tensor:
-    """Self-distillation: KL(p || u), p = softmax(logits), u = p^power / Z, Z = sum p^power, no gradient through u.
+    """Self-distillation: KL(p || u), p = softmax(logits), u = p^power / Z, Z = sum p^power, u held still.
 
-    logits (B, K); mean over B. Zero where p is uniform. u is flatter than p for powers below 1, so descending the
-    term flattens p: it holds the softmax back from certainty about rows that are an epoch old.
-    As log u = power log p - log Z, the value is (1 - power) sum p log p + log Z; and with u held still the gradient
-    is (1 - power) times that of sum p log p, so that one softmax carries it.
+    logits (B, K); mean over B. Zero where p is uniform. u is flatter than p for powers below 1, so descending
+    the term flattens p: it holds the softmax back from certainty about rows that are an epoch old.
+    As log u = power log p - log Z, the value is (1 - power) sum p log p + log Z; and with u held still the
+    gradient is (1 - power) times that of sum p log p, so that one softmax carries it.
     """
     logp = F.log_softmax(logits, dim=1)                                             # (B, K)
     log_z = (power * logp.detach()).logsumexp(1)                                    # (B,)
@@ -89,7 +96,7 @@ def sqrt_kl(logits: Tensor, power: float = 0.5) -> Tensor:
 
 @in_float32
 def instance_ce(logits: Tensor, positive: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Cross-entropy against the images' own rows, mean over B: logits (B, K), positive (B,) or (B, L) columns.
+    """Cross-entropy against the images' own rows, mean over B: logits (B, K), positive columns (B,), (B, L).
 
     One label is NPID's loss; two with CutMix's shares as weight (B, L) are -sum_l weight_l log p_l.
     """
@@ -110,15 +117,15 @@ def as_columns(positive: Tensor, weight: Tensor | None, like: Tensor) -> tuple[T
 
 def grad_update(rows: Tensor, z: Tensor, prob: Tensor, positive: Tensor, momentum: float,
                 weight: Tensor | None = None) -> Tensor:
-    """The bank's gradient update as a pure function: rows (K, D), z (B, D), prob (B, K) -> new unit rows (K, D).
+    """The bank's gradient update, pure: rows (K, D), z (B, D), prob (B, K) -> new unit rows (K, D).
 
     With loss_i = -log p_ii and p_ik = exp(z_i . w_k / tau) / sum_j exp(z_i . w_j / tau):
         d loss_i / d w_k = (p_ik - 1[k = i]) z_i / tau
-    so -tau * gradient summed over the batch is  d_k = sum_i (1[k = i] - p_ik) z_i:  row i moves toward z_i, every
-    other row away from it by its probability. The step is  w <- normalise(m w + (1 - m) d):  m is the share of the
-    old row, as in NPID's own average normalise(m w_i + (1 - m) z_i), which this becomes where prob is 0.
-    positive (B,) or (B, L), weight (B, L): as in instance_ce, the indicator being replaced by the label's share.
-    The product is in the type of z, the sum in float32 or better.
+    so -tau * gradient summed over the batch is  d_k = sum_i (1[k = i] - p_ik) z_i:  row i moves toward z_i,
+    every other row away from it by its probability. The step is  w <- normalise(m w + (1 - m) d):  m is the
+    share of the old row, as in NPID's own average normalise(m w_i + (1 - m) z_i), which this becomes where
+    prob is 0. positive (B,) or (B, L), weight (B, L): as in instance_ce, the label's share in place of the
+    indicator. The product is in the type of z, the sum in float32 or better.
     """
     positive, weight = as_columns(positive, weight, prob)
     share = prob.neg().scatter_add(1, positive, weight)                             # (B, K)
@@ -159,9 +166,10 @@ class MemoryBank(nn.Module):
                columns: Tensor | None = None, rows: Tensor | None = None) -> None:
         """Move the rows after a step with unit embeddings z (B, D).
 
-        Over the whole bank: index (B,) or (B, L) image numbers and prob (B, N). Over rows in play: columns (K,) of
-        the bank and rows (K, D) = bank.rows[columns]; prob (B, K) and index, then columns of rows, are theirs.
-        prob None is NPID's average: the rows of images index (B,) alone move, toward their embeddings.
+        Over the whole bank: index (B,) or (B, L) image numbers and prob (B, N). Over rows in play: columns
+        (K,) of the bank and rows (K, D) = bank.rows[columns]; prob (B, K) and index, then columns of rows,
+        are theirs. prob None is NPID's average: the rows of images index (B,) alone move, toward their
+        embeddings.
         """
         z = z.detach()
         if prob is None:
@@ -179,9 +187,9 @@ class MemoryBank(nn.Module):
 def cutmix(x: Tensor, alpha: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """CutMix (Yun et al. 2019) as the official code has it: the image itself keeps the larger part.
 
-    x (B, C, H, W) -> mixed x, each sample's partner (B,), and shares (B, 2) of its own and the partner's label.
-    One box per batch, of area 1 - max(l, 1 - l) with l ~ Beta(alpha, alpha), its half sides rounded down, cut at
-    the border, the shares corrected for that. generator: on the CPU. alpha 0 leaves x as it is.
+    x (B, C, H, W) -> mixed x, each sample's partner (B,), and shares (B, 2) of its own and the partner's
+    label. One box per batch, of area 1 - max(l, 1 - l) with l ~ Beta(alpha, alpha), its half sides rounded
+    down, cut at the border, the shares corrected for that. generator: on the CPU. alpha 0 leaves x as it is.
     """
     b, _, h, w = x.shape
     partner = torch.randperm(b, generator=generator).to(x.device, non_blocking=True)
@@ -202,7 +210,7 @@ def cutmix(x: Tensor, alpha: float, generator: torch.Generator) -> tuple[Tensor,
 
 
 def projector(dim_in: int, dim: int) -> nn.Sequential:
-    """The official head: three linear layers, BN and ReLU between them; hidden widths of 2048 whatever dim is."""
+    """The official head: three linear layers, BN and ReLU between; hidden widths of 2048 whatever dim is."""
     return nn.Sequential(nn.Linear(dim_in, 2048, bias=False), nn.BatchNorm1d(2048), nn.ReLU(inplace=True),
                          nn.Linear(2048, 2048, bias=False), nn.BatchNorm1d(2048), nn.ReLU(inplace=True),
                          nn.Linear(2048, dim))
@@ -212,9 +220,9 @@ def projector(dim_in: int, dim: int) -> nn.Sequential:
 def calibrate(bank: MemoryBank, model: nn.Module, augment: nn.Module, run) -> None:
     """Fill every row from a forward pass of the untrained network over every image, none missing.
 
-    --init augmented: augmented views in train mode, as the official code does. forward: centre views in eval mode,
-    where an untrained network's batch norms are the identity, so that all rows are nearly one point (mean cosine
-    0.97 against 0.31). random leaves the rows as they are, as NPID does.
+    --init augmented: augmented views in train mode, as the official code does. forward: centre views in eval
+    mode, where an untrained network's batch norms are the identity, so that all rows are nearly one point
+    (mean cosine 0.97 against 0.31). random leaves the rows as they are, as NPID does.
     """
     from common import broadcast, center_view
 
@@ -222,7 +230,10 @@ def calibrate(bank: MemoryBank, model: nn.Module, augment: nn.Module, run) -> No
     model.train(augmented)
     parts = torch.arange(len(run.images)).tensor_split(len(run.images) // run.cfg.batch)
     for n, (images, aspect, index) in enumerate(run.images.batches(list(parts), run.device)):
-        x = augment(images, run.generator(f"init {n}"), aspect) if augmented else center_view(images, run.size, aspect)
+        if augmented:
+            x = augment(images, run.generator(f"init {n}"), aspect)
+        else:
+            x = center_view(images, run.size, aspect)
         with run.autocast():
             bank.fill(index, model(x))
     model.train()
@@ -253,7 +264,7 @@ def train(cfg) -> None:
             return save_grid(run.out / "preview.png", x[:64], 8)
         with run.autocast():
             z = model(x)
-        z = gather(F.normalize(z.float(), dim=1))                                   # (B, D), B over all processes
+        z = gather(F.normalize(z.float(), dim=1))                                   # (B, D), of all processes
         index, partner, weight = gather(index), gather(partner + rank() * len(x)), gather(weight)
         columns, own = bank.in_play(index, cfg.negatives, run.generator("negatives", run.device))
         labels = torch.stack([own, own[partner]], 1)                                # (B, 2) columns

@@ -1,12 +1,12 @@
-"""Result rows -> Markdown tables, beside the published numbers. Every table of this repo is made here, from rows alone.
+"""Result rows -> Markdown tables, beside the published numbers. Every table of this repo is made here.
 
-    python results/tables.py NAME          # collect the rows below runs/NAME into results/NAME.jsonl, print the table
-    python results/tables.py --rows FILE...   # print the table of these results.jsonl files
-    python results/tables.py --check       # every committed row's scripts are in the history, as they were
-    python results/tables.py --readme      # write results/README.md from the committed rows
+    python results/tables.py NAME            # the rows below runs/NAME -> results/NAME.jsonl and a table
+    python results/tables.py --rows FILE...  # print the table of these results.jsonl files
+    python results/tables.py --check         # every committed row's scripts are in the history, as they were
+    python results/tables.py --readme        # write results/README.md from the committed rows
 
-A line is one run, or runs that differ in the seed alone: mean ± standard deviation. `effect` is the mean of the
-differences to the line it is paired with, seed by seed, with a 95 % interval (Student's t over seeds).
+A line is one run, or runs that differ in the seed alone: mean ± standard deviation. `effect` is the mean of
+the differences to the line it is paired with, seed by seed, with a 95 % interval (Student's t over seeds).
 """
 import json
 import math
@@ -18,9 +18,11 @@ import sys
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
 
-# Name of results/NAME.sh -> title, one sentence, and the variant that `effect` is measured against ("" = none).
+# Name of results/NAME.sh -> title, a sentence, the variant that `effect` is measured against ("" = none).
 TABLES = {
-    "demo": ("The demo", "`make demo`: the small recipe on `shapes`, one seed; a check that all works, no ranking.", ""),
+    "demo": ("The demo",
+             "`make demo`: the small recipe on `shapes`, one seed; a check that all works, no ranking.",
+             ""),
 }
 
 SOLO = "ResNet-18, 1000 epochs, online probe (solo-learn)"
@@ -53,8 +55,8 @@ PUBLISHED = {
 }
 METRICS = {"knn_top1": "kNN", "knn20_top1": "kNN, k 20", "probe_top1": "probe", "linear_top1": "linear"}
 # Rows that agree in these are one line of a table.
-LINE = ("dataset", "pretrained_on", "method", "variant", "arch", "stem", "view", "images", "epochs", "batch", "effective_lr",
-        "split", "fraction", "device")
+LINE = ("dataset", "pretrained_on", "method", "variant", "arch", "stem", "view", "images", "epochs", "batch",
+        "effective_lr", "split", "fraction", "device")
 T_975 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]  # Student's t, 97.5 %, by degrees of freedom
 
 
@@ -104,8 +106,9 @@ def markdown(lines: list[dict]) -> str:
             if any(line.get(name) not in (None, "") for line in lines)]
     cells = [head] + [[str(line.get(name, "") or "") for name in head] for line in lines]
     widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
-    text = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in cells]
-    return "\n".join([text[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *text[1:]])
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths)] for line in cells]
+    head, *body = ["| " + " | ".join(line) + " |" for line in padded]
+    return "\n".join([head, "|" + "|".join("-" * (width + 2) for width in widths) + "|", *body])
 
 
 def table(rows: list[dict], against: str = "", published: bool = True) -> str:
@@ -118,7 +121,8 @@ def table(rows: list[dict], against: str = "", published: bool = True) -> str:
         lines = []
         for key, same in group(part, LINE).items():
             row = same[0]
-            line = {name: row.get(name) for name in ("method", "variant", "images", "epochs", "batch", "fraction")}
+            shown = ("method", "variant", "images", "epochs", "batch", "fraction")
+            line = {name: row.get(name) for name in shown}
             line["fraction"] = "" if row["fraction"] == 1 else f"{row['fraction']:.0%} of labels"
             line["network"] = row["arch"] + ("" if row["view"] is None else f", {row['view']} px views")
             if row["split"] != "test":
@@ -127,7 +131,7 @@ def table(rows: list[dict], against: str = "", published: bool = True) -> str:
                 line["variant"] += f" (pretrained on {row['pretrained_on']})"
             line["seeds"] = " ".join(str(r["seed"]) for r in same)
             line["gates"] = " ".join(f"{gate:.3f}" for gate in row.get("gates", []))
-            if row["variant"].startswith("simclr") and "unpaired" in row["variant"]:  # with a queue it says nothing
+            if row["variant"].startswith("simclr") and "unpaired" in row["variant"]:  # no use with a queue
                 line["loss (chance)"] = f"{row['train_loss']:.2f} ({math.log(2 * row['batch'] - 1):.2f})"
             line |= {name: spread([r.get(metric) for r in same]) for metric, name in METRICS.items()}
             if against and row["variant"] != against:
@@ -137,7 +141,8 @@ def table(rows: list[dict], against: str = "", published: bool = True) -> str:
             line["images/s"] = spread([r.get("images_per_s") for r in same], 0)
             lines.append(line)
         for method, what, metric, value in PUBLISHED.get(dataset, []) * published:
-            lines.append({"method": method, "variant": f"*published: {what}*", METRICS[metric]: f"*{value:g}*"})
+            line = {"method": method, "variant": f"*published: {what}*", METRICS[metric]: f"*{value:g}*"}
+            lines.append(line)
         text += [f"**{dataset}**", "", markdown(lines), ""]
     return "\n".join(text)
 
@@ -146,29 +151,36 @@ def missing_blobs(paths: list[pathlib.Path]) -> list[str]:
     """Rows whose scripts are not in this repository's history as they were, as "file: method variant"."""
     listing = subprocess.run(["git", "rev-list", "--objects", "--no-object-names", "HEAD"], cwd=ROOT,
                              capture_output=True, text=True, check=True)
-    there = set(listing.stdout.split())
-    return [f"{path.name}: {row.get('method', row.get('step', ''))} {row.get('variant', '')}" for path in paths
-            for row in map(json.loads, path.read_text().splitlines())
-            if not row.get("blobs") or not there >= {*row["blobs"].values(), *row.get("probe_blobs", {}).values()}]
+    there, bad = set(listing.stdout.split()), []
+    for path in paths:
+        for row in map(json.loads, path.read_text().splitlines()):
+            blobs = {*row.get("blobs", {}).values(), *row.get("probe_blobs", {}).values()}
+            if not row.get("blobs") or not blobs <= there:
+                bad.append(f"{path.name}: {row.get('method', row.get('step', ''))} {row.get('variant', '')}")
+    return bad
 
 
 def write_readme() -> None:
     """results/README.md: every table with its sentence and the command that makes it."""
-    text = ["# Results", "", "Written by `python results/tables.py --readme` from the rows beside this page. A row names its "
+    text = ["# Results", "",
+            "Written by `python results/tables.py --readme` from the rows beside this page. A row names its "
             "command, commit, device and the hashes of the scripts that made it.", "",
-            "Reduced runs (fewer images, epochs or pixels than the papers') are compared with each other alone; "
-            "published numbers stand in italics for scale.", ""]
+            "Reduced runs (fewer images, epochs or pixels than the papers') are compared with each other "
+            "alone; published numbers stand in italics for scale.", ""]
     for name, (title, sentence, against) in TABLES.items():
         path = HERE / f"{name}.jsonl"
         if path.exists():
             rows = read_rows([path])
-            text += [f"## {title}", "", sentence, "", f"`make {name}`; {rows[-1]['device']}.", "", table(rows, against)]
+            text += [f"## {title}", "", sentence, ""]
+            text += [f"`make {name}`; {rows[-1]['device']}.", "", table(rows, against)]
     for path in sorted((HERE / "bench").glob("*.jsonl")):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        shown = [{key: value for key, value in row.items() if not isinstance(value, (dict, list))} for row in rows]
         hidden = ("sha", "torch", "command", "device", "precision", "blobs")
-        text += [f"## Bench: {path.stem}", "", f"`{rows[0]['command']}`; {rows[0]['device']}, {rows[0]['precision']}.", "",
-                 markdown([{k: v for k, v in row.items() if k not in hidden} for row in shown]), ""]
+        shown = [{key: value for key, value in row.items()
+                  if key not in hidden and not isinstance(value, (dict, list))} for row in rows]
+        first = rows[0]
+        text += [f"## Bench: {path.stem}", ""]
+        text += [f"`{first['command']}`; {first['device']}, {first['precision']}.", "", markdown(shown), ""]
     (HERE / "README.md").write_text("\n".join(text))
     print(f"wrote {HERE / 'README.md'}")
 

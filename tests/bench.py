@@ -1,168 +1,44 @@
-"""How fast a training step is, against the floor of its own network: `make bench` and `make bench-data`.
+"""How fast a training step is, against the floor of its own network: `make bench`.
 
-    python tests/bench.py --arch resnet10 --stem imagenet --batch 256                       # every method: step, floor, ratio, split
-    python tests/bench.py --methods npid --npid "--dim 512 --negatives 4096" --steps 10
-    python tests/bench.py --batches 64,128,256,512,1024 --figure batches.png               # images/s over the batch size, drawn (matplotlib)
-    python tests/bench.py --tricks --methods simclr                                        # images/s without each trick of the step
-    python tests/bench.py --banks 50000,200000,1280000 --dim 128                           # NPID's losses and update over the bank's size;
-                                                                                           # for memory on a CPU one bank and --negatives a call
-    python tests/bench.py --peer "python their_step.py"                                    # its last line: images/s, as a number
-    python tests/bench.py --predict --arch resnet18 --stem cifar --batch 512                # launches, bytes and FLOPs of a step, and from these
-                                                                                           # a predicted time on two GPUs: no measurement
-    python tests/bench.py --photos DIR --arch resnet50 --batch 32                          # decode, cache, transfer, augment, network
+    python tests/bench.py                                         # the recipe of this machine, every method
+    python tests/bench.py --methods simclr npid --recipe cifar --out results/bench/steps.jsonl
+    python tests/bench.py --methods study                         # aug_study's eight
+    python tests/bench.py --photos DIR                            # images/s of decoding, of the map, of augmentation
 
-step: median time of the real training loop's step, all that train() does between two updates included, on resident images.
-floor: forward and backward of the same network on as many resident random views, at the same precision; with the target network's forward
-pass for momentum methods, the gradient of the images for a fusion, and the three products of embeddings and bank rows for NPID. The
-optimizer is in the step, not in the floor. On a CPU steps and floors alternate, and the ratio is the median of neighbouring ones.
-The split is taken in a second pass, in which every part waits for the device. monitor: what the online kNN takes of the time between two of
-them, at the default of one in five epochs. peak_GB: on a CPU of the process up to then, so it is a method's own where it is the first of a
-call. Each line of the table is also a JSON line in --out.
+step: a step of the real training loop, all between two updates included, on images of `shapes`.
+floor: forward and backward of the same network on as many resident random views at the same precision, and the
+target network's forward where there is one; no loss, fusion, bank or optimizer. Steps and floors take turns, so that
+a machine's drift cancels (ten of each on a GPU, which are waited for at their end alone); the ratio is the median
+over neighbours. The split is of a second pass that waits for the device around every part.
 """
 import argparse
 import collections
+import contextlib
 import functools
 import importlib
-import itertools
 import json
-import operator
 import pathlib
-import resource
-import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
-import threading
 import time
+from unittest import mock
 
 import torch
-import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+import aug_study  # noqa: E402
 import common  # noqa: E402
 import npid_distill  # noqa: E402
-from linear_probe import markdown, pyplot  # noqa: E402
 
-# name -> script and flags
-METHODS = {
-    "simclr": ("bassl", ["--layers", "0"]), "simclr + fusion": ("bassl", []), "moco": ("bassl", ["--layers", "0", "--framework", "moco"]),
-    "npid": ("npid_distill", []), "npid ema": ("npid_distill", ["--update", "ema"]),
-    "byol": ("aug_study", ["--methods", "byol"]), "simsiam": ("aug_study", ["--methods", "simsiam"]), "barlow": ("aug_study", ["--methods", "barlow"]),
-    "vicreg": ("aug_study", ["--methods", "vicreg"]), "swav": ("aug_study", ["--methods", "swav"]), "dino": ("aug_study", ["--methods", "dino"]),
+METHODS = {  # name -> script and flags
+    "simclr": ("bassl", "--layers 0"), "bassl": ("bassl", ""), "moco": ("bassl", "--layers 0 --framework moco"),
+    "byol": ("bassl", "--layers 0 --framework byol"), "simsiam": ("bassl", "--layers 0 --framework simsiam"),
+    "npid": ("npid_distill", ""), "npid-ema": ("npid_distill", "--update ema"),
 }
-LOSSES = {"bassl": ["nt_xent", "info_nce", "cosine_loss"], "npid_distill": ["dense_losses", "chunked_losses"],
-          "aug_study": ["nt_xent", "info_nce", "cosine_loss", "barlow_loss", "vicreg_loss", "swav_loss", "dino_loss"]}
-
-
-# ------------------------------------------------------------------------------------------- operators
-
-
-class _Operators(TorchDispatchMode):
-    """Counts what would be launched on a GPU, and the bytes read and written: every operator on tensors but views of storage and bare
-    allocations. Random numbers are drawn on the host, and are not counted either."""
-
-    FREE = ("aten::empty", "aten::new_empty", "aten::rand", "aten::_unsafe_view", "aten::detach", "aten::promote_types", "prim::")
-
-    def __init__(self):
-        super().__init__()
-        self.names, self.bytes = collections.Counter(), 0
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        result = operator(*args, **(kwargs or {}))
-        view = any(value.alias_info is not None and not value.alias_info.is_write for value in operator._schema.returns)
-        if not view and not operator.name().startswith(self.FREE):
-            self.names[operator.name()] += 1
-            tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)]
-            if operator.name().startswith(("aten::index.", "aten::index_select", "aten::index_copy_", "aten::gather")):  # touch the rows that are asked for alone
-                tensors = [tensors[-2 if "copy" in operator.name() else -1]] * 2
-            self.bytes += sum(t.numel() * t.element_size() for t in tensors)
-        return result
-
-
-def count_operators(function) -> tuple[int, int]:
-    """(operators launched, bytes moved) by the forward pass of a call."""
-    with torch.no_grad(), _Operators() as counted:
-        function()
-    return sum(counted.names.values()), counted.bytes
-
-
-def npid_step(bank: npid_distill.MemoryBank, update: str, negatives: int, z, index, partner, weight, product: torch.dtype = torch.float32):
-    """The losses of one step as npid_distill.train has them, and a function that updates the bank; product: the type of the products."""
-    columns, own, repeated = bank.in_play(index, negatives)
-    own = torch.stack([own, own[partner]], 1)
-    rows = bank.rows.index_select(0, columns)
-    ce, kl, prob = npid_distill.dense_losses(z, rows.to(product), own, weight, repeated, 0.2, 0.5, False)
-    if update == "grad":
-        return ce + 20 * kl, lambda: bank.update(index, z.to(product), prob, weight, columns, own, rows)
-    return ce + 20 * kl, lambda: bank.update(torch.stack([index, index[partner]], 1), z, None, weight)
-
-
-# Published peaks: dense bf16 FLOP/s, bytes/s of memory (NVIDIA data sheets, SXM). Assumed: the network at 20 % of the peak, which is what NVIDIA's
-# published training rate of ResNet-50 on an A100 comes to (2,470 images/s in mixed precision, DeepLearningExamples, of 24.3 GFLOP each); NPID's
-# products at 40 %; the rest at 70 % of the bandwidth, 4 microseconds a launch where that is longer.
-GPUS = {"A100": (312e12, 2.0e12), "H100": (989e12, 3.35e12)}
-
-
-def predict(name: str, arch: str, stem: str, batch: int, size: int, dim: int) -> dict:
-    """Launches and bytes of a step outside the network, the network's FLOPs, and from these a predicted step time. Forward passes are
-    counted; backward passes are taken as twice the forward's FLOPs and, for the losses, bytes and launches."""
-    import aug_study
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils.flop_counter import FlopCounterMode
-
-    script, flags = METHODS[name]
-    method = aug_study.METHODS.get(name)
-    augmentation = aug_study.AUGMENTATIONS[method.aug if script == "aug_study" else "simclr"]
-    views = 1 if script == "npid_distill" else 2
-    images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
-    first, second, local = (common.BatchAugment(s, **options) for s, options in
-                            ((size, augmentation.first), (size, augmentation.second), (aug_study.local_size(size), augmentation.local)))
-
-    def augment():
-        if augmentation.first == augmentation.second or views == 1:
-            first(images, views=views)
-        else:
-            first(images), second(images)
-        if augmentation.locals:
-            local(images, views=augmentation.locals)
-
-    if script == "npid_distill":
-        bank = npid_distill.MemoryBank(50_000, dim)
-        z, index, partner = F.normalize(torch.randn(batch, dim), dim=1), torch.randperm(50_000)[:batch], torch.randperm(batch)
-        loss = functools.partial(npid_step, bank, "ema" if "ema" in name else "grad", 10_000, z, index, partner, torch.full((batch, 2), 0.5), torch.bfloat16)
-        update, pairs, product = loss()[1], 1, 3 * 2 * batch * dim * (10_000 + batch)
-    else:
-        width = 2048 if name in ("simsiam", "barlow", "vicreg", "dino") else 512 if name == "swav" else 256 if name == "byol" else 128
-        z1, z2, queue = torch.randn(batch, width), torch.randn(batch, width), torch.randn(4096, width)
-        update, product = (lambda: None), 0
-        loss = (lambda: method.loss(z1, z2, queue[:1] if name == "dino" else queue)) if method else (lambda: aug_study.nt_xent(z1, z2))
-        pairs = 1 if script == "bassl" or method.target_gradient else 2 + 2 * augmentation.locals
-    with FakeTensorMode(), FlopCounterMode(display=False) as flops:
-        encoder = common.resnet(arch, stem)
-        encoder(torch.randn(batch, 3, size, size))
-        one_view = flops.get_total_flops()
-        if augmentation.locals:
-            encoder(torch.randn(batch, 3, aug_study.local_size(size), aug_study.local_size(size)))
-        small = flops.get_total_flops() - one_view
-    momentum = name == "moco" or (method is not None and method.momentum > 0)
-    network = 3 * (views * one_view + augmentation.locals * small) + (views * one_view if momentum else 0)
-    network -= 3 * one_view + one_view if name == "moco" else 0  # one query view, one key view
-    (launches, moved), (loss_launches, loss_moved), (bank_launches, bank_moved) = map(count_operators, (augment, loss, update))
-    row = {"method": name, "batch": batch, "augmentation launches": launches, "GB": round(moved / 1e9, 2), "loss launches": pairs * loss_launches,
-           "loss GB": round(pairs * loss_moved / 1e9, 2), "bank launches": bank_launches, "bank GB": round(bank_moved / 1e9, 2),
-           "network TFLOP": round(network / 1e12, 2)}
-    for gpu, (peak, bandwidth) in GPUS.items():
-        outside = [max(n * 4e-6, size_ / (0.7 * bandwidth)) for n, size_ in
-                   ((launches, moved), (3 * pairs * loss_launches, 3 * pairs * loss_moved), (bank_launches, bank_moved))]
-        step = network / (0.2 * peak) + product / (0.4 * peak) + sum(outside)
-        row |= {f"{gpu} ms, predicted": round(1e3 * step, 1), f"{gpu} outside %": round(100 * sum(outside) / step, 1)}
-    return row
-
-
-# ------------------------------------------------------------------------------------------- steps
+STUDY = {f"study-{name}": ("aug_study", f"--methods {name}") for name in aug_study.METHODS}
+BY = {"bassl": "framework", "npid_distill": "update", "aug_study": "methods"}
+LOSSES = ["nt_xent", "info_nce", "cosine_loss", "barlow_loss", "vicreg_loss", "swav_loss", "dino_loss", "instance_ce", "sqrt_kl"]
 
 
 class Done(BaseException):
@@ -175,375 +51,192 @@ def wait(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def train_for(name: str, flags: list[str], steps: int, warm: int, prepare=lambda run, script: None,
-              beside=None) -> tuple[common.Run, list[float], list[float]]:
-    """Run a method's own train() for warm + steps steps, with prepare(run, script) before the first update. beside(run) gives a function to call
-    after every step. Returns the run, the seconds of each of the last steps, and those of every call beside them."""
-    script_name, own = METHODS[name]
-    script, runs, after, starts, ends = importlib.import_module(script_name), [], [], [], []
+def train_until(name: str, flags: list[str], after) -> None:
+    """The method's own train(), with after(run) at the end of every update, until that raises Done."""
+    script_name, own = (METHODS | STUDY)[name]
+    script = importlib.import_module(script_name)
 
     def optimise(run, loss, optimise=common.Run.optimise):
-        if not runs:
-            runs.append(run)
-            prepare(run, script)
-            after.extend([beside(run)] if beside else [])
         optimise(run, loss)
-        # On a GPU with nothing beside the steps one wait at either end, so that the host runs ahead as in training.
-        ends.append(wait(run.device) if after or run.device.type != "cuda" or len(ends) in (warm - 1, warm + steps - 1) else None)
-        for function in after:
-            function()
-        starts.append(wait(run.device) if after else time.perf_counter())
-        if len(ends) == warm + steps:
-            raise Done
+        after(run)
 
-    with tempfile.TemporaryDirectory() as out:
-        real, common.Run.optimise = common.Run.optimise, optimise
-        try:
-            script.train(common.parse(script.Config, "", [*flags, *own, "--epochs", "1000", "--knn-every", "0", "--out", out]))
-        except Done:
-            pass
-        finally:
-            common.Run.optimise = real
-    if ends[-2] is None:
-        return runs[0], [(ends[-1] - ends[warm - 1]) / steps] * steps, []
-    return runs[0], [end - start for start, end in zip(starts[warm - 1:], ends[warm:])], [start - end for start, end in zip(starts, ends)]
+    with tempfile.TemporaryDirectory() as out, mock.patch.object(common.Run, "optimise", optimise):
+        every = [*flags, *own.split(), "--epochs", "1000", "--knn-every", "0", "--out", out]
+        with contextlib.suppress(Done), contextlib.redirect_stdout(sys.stderr):
+            script.train(common.parse(script.Config, "", every, recipes=script.RECIPES, by=BY[script_name]))
 
 
-def split(name: str, flags: list[str], steps: int) -> dict[str, float]:
-    """Seconds per step by part, each timed with a wait before and after it."""
-    seconds, patched, stack, done, warm = collections.Counter(), [], [], itertools.count(1), 2
-
-    def forget_warm_up():
-        if next(done) <= warm:
-            seconds.clear()
-
-    def timed(part, function, device):
-        @functools.wraps(function)
-        def wrapper(*args, **options):
-            began = wait(device)
-            stack.append(0.0)
-            result = function(*args, **options)
-            spent = wait(device) - began
-            seconds[part] += spent - stack.pop()  # without the parts inside it
-            if stack:
-                stack[-1] += spent
-            return result
-        return wrapper
-
-    def prepare(run, script):
-        module = run.model["framework"] if isinstance(run.model, torch.nn.ModuleDict) else run.model
-        targets = [("network", type(module), "forward"), ("augmentation", common.BatchAugment, "forward"), ("network", torch.Tensor, "backward"),
-                   ("optimizer", type(run.optimizer), "step"), *[("loss", script, loss) for loss in LOSSES[script.__name__]]]
-        if script is npid_distill:
-            targets += [("bank", npid_distill.MemoryBank, method) for method in ("in_play", "update", "update_in_chunks")] + [("augmentation", script, "cutmix")]
-        if isinstance(run.model, torch.nn.ModuleDict):
-            targets.append(("fusion", type(run.model["fusion"]), "forward"))
-        for part, owner, attribute in targets:
-            patched.append((owner, attribute, getattr(owner, attribute)))
-            setattr(owner, attribute, timed(part, getattr(owner, attribute), run.device))
-
-    try:
-        _, times, _ = train_for(name, flags, steps, warm, prepare, lambda run: forget_warm_up)
-    finally:
-        for owner, attribute, function in reversed(patched):
-            setattr(owner, attribute, function)
-    parts = {part: spent / steps for part, spent in seconds.items()}
-    return parts | {"rest": max(0.0, statistics.mean(times) - sum(parts.values()))}
+def trained(run: common.Run) -> torch.nn.Module:
+    """The module whose forward pass is the network's part of a step."""
+    return run.model["framework"] if run.method == "bassl" else run.model
 
 
-def floor(name: str, run: common.Run):
-    """A function that does the network's part of a step alone: forward and backward on random views, and what else the method needs."""
-    model = run.model["framework"] if isinstance(run.model, torch.nn.ModuleDict) else run.model
-    batch, dtype, views = run.batch, run.dtype, {"npid_distill": 1, "bassl": 1 if name == "moco" else 2, "aug_study": 2}[run.method]
-    image = lambda n, size: torch.randn(n * batch, 3, size, size, device=run.device).to(memory_format=torch.channels_last)  # noqa: E731
-    if run.method == "npid_distill":
-        online, local, target = model, None, None
-        rows = torch.randn(min(run.cfg.negatives or len(run.images), len(run.images)), run.cfg.dim, device=run.device).to(dtype)
-        scores = torch.randn(batch, len(rows), device=run.device).to(dtype)
-    else:
-        import aug_study
-
-        online = torch.nn.Sequential(model.encoder, model.projector, getattr(model, "predictor", torch.nn.Identity()))
-        target = getattr(model, "target", None)
-        local = aug_study.AUGMENTATIONS[run.cfg.augs or aug_study.METHODS[name].aug].locals if run.method == "aug_study" else 0
-    x, small = image(views, run.size), image(local, aug_study.local_size(run.size)) if local else None
-    x.requires_grad_(run.method == "bassl" and run.cfg.layers > 0)  # a fusion that learns needs the gradient of the images
+def floor(run: common.Run):
+    """A function that does the network's part of a step alone."""
+    model = online = trained(run)
+    target, sizes = getattr(model, "target", None), {run.view: 1 if run.method == "npid_distill" else 2}
+    if run.method != "npid_distill":
+        parts = [getattr(model, part) for part in ("encoder", "projector", "predictor") if hasattr(model, part)]
+        online = torch.nn.Sequential(*parts)
+    if run.method == "aug_study":
+        views = aug_study.AUGMENTATIONS[run.cfg.augs or aug_study.METHODS[run.cfg.methods].aug]
+        sizes |= {aug_study.local_size(run.view): views.locals} if views.locals else {}
+    inputs = [torch.randn(count * run.batch, 3, size, size, device=run.device).contiguous(memory_format=torch.channels_last)
+              for size, count in sizes.items()]
 
     def one_step():
         with run.autocast():
-            z = online(x)
-            loss = z.float().square().mean() + (online(small).float().square().mean() if local else 0)
+            loss = sum(online(x).float().square().mean() for x in inputs)
             if target is not None:
                 with torch.no_grad():
-                    target(x)
-        if run.method == "npid_distill":
-            z = z.detach().to(dtype)
-            _ = z @ rows.T, scores @ rows, scores.T @ z  # cosines, their gradient, the rows' update
+                    target(inputs[0])
         loss.backward()
-        model.zero_grad(set_to_none=True)
-        x.grad = None
+        run.model.zero_grad(set_to_none=True)
 
     return one_step
 
 
-def network_alone(arch: str, stem: str, x: torch.Tensor):
-    """A function that takes views x (B, 3, H, H) forward and backward through an encoder of its own."""
-    encoder, dtype = common.resnet(arch, stem).to(x.device, memory_format=torch.channels_last), common.pick_dtype("auto", x.device)
-    x = x.contiguous(memory_format=torch.channels_last)
+def step_and_floor(name: str, flags: list[str], count: int) -> tuple[common.Run, list[float], list[float]]:
+    """Seconds of a step and of its floor, side by side, `count` times."""
+    steps, floors, state = [], [], {"n": -4}
 
-    def one_step():
-        with torch.autocast(x.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            z = encoder(x)
-        z.float().square().mean().backward()
-        encoder.zero_grad(set_to_none=True)
+    def after(run):
+        block = 10 if run.device.type == "cuda" else 1
+        state["n"] += 1
+        if state["n"] == 0:  # three steps to warm up
+            state.update(run=run, floor=floor(run))
+            state["floor"]()
+            state["began"] = wait(run.device)
+        elif state["n"] > 0 and state["n"] % block == 0:
+            middle = wait(run.device)
+            for _ in range(block):
+                state["floor"]()
+            steps.append((middle - state["began"]) / block)
+            state["began"] = wait(run.device)
+            floors.append((state["began"] - middle) / block)
+            if len(steps) == count:
+                raise Done
 
-    return one_step
+    train_until(name, flags, after)
+    return state["run"], steps, floors
 
 
-def setting(name: str, run: common.Run) -> dict:
-    """What was run, as the first columns of a row."""
-    return {"method": name, "network": f"{run.cfg.arch}, {run.stem} stem, {run.size} px", "batch": run.cfg.batch,
+def split(name: str, flags: list[str], count: int) -> dict[str, float]:
+    """Percent of a step by part; what is inside another part counts for the inner one."""
+    seconds, inner, state, device = collections.Counter(), [], {"n": -3}, common.pick_device("auto")
+
+    def timed(part, function):
+        @functools.wraps(function)
+        def wrapper(*args, **options):
+            began = wait(device)
+            inner.append(0.0)
+            try:
+                return function(*args, **options)
+            finally:
+                spent = wait(device) - began
+                seconds[part] += spent - inner.pop()
+                if inner:
+                    inner[-1] += spent
+        return wrapper
+
+    def start(run, *modules, start=common.Run.start):
+        start(run, *modules)
+        trained(run).forward = timed("network", trained(run).forward)
+        run.optimizer.step = timed("optimizer", run.optimizer.step)
+
+    def batches(self, *args, batches=common.ImageSet.batches):
+        following = timed("data", functools.partial(next, batches(self, *args), None))
+        yield from iter(following, None)
+
+    def after(run):
+        state["n"] += 1
+        if state["n"] == 0:
+            seconds.clear()
+            state["began"] = wait(device)
+        elif state["n"] == count:
+            state["whole"] = wait(device) - state["began"]
+            raise Done
+
+    script = importlib.import_module((METHODS | STUDY)[name][0])
+    targets = [("augmentation", common.BatchAugment, "forward"), ("network", torch.Tensor, "backward")]
+    targets += [("loss", script, loss) for loss in LOSSES if hasattr(script, loss)]
+    if script is npid_distill:
+        targets += [("augmentation", script, "cutmix"), *(("bank", script.MemoryBank, do) for do in ("in_play", "update"))]
+    elif script.__name__ == "bassl":
+        targets.append(("fusion", script, "fuse_views"))
+    patches = [mock.patch.object(owner, key, timed(part, getattr(owner, key))) for part, owner, key in targets]
+    patches += [mock.patch.object(common.Run, "start", start), mock.patch.object(common.ImageSet, "batches", batches)]
+    for patch in patches:
+        patch.start()
+    try:
+        train_until(name, flags, after)
+    finally:
+        for patch in patches:
+            patch.stop()
+    seconds["rest"] = state["whole"] - sum(seconds.values())
+    return {f"{part} %": round(100 * spent / state["whole"], 1) for part, spent in seconds.most_common()}
+
+
+def bench_method(name: str, flags: list[str], count: int) -> dict:
+    run, steps, floors = step_and_floor(name, flags, count)
+    ratio = statistics.median(least / step for step, least in zip(steps, floors))
+    step, least = statistics.median(steps), statistics.median(floors)
+    return {"method": name, "network": f"{run.cfg.arch}, {run.stem} stem, {run.view} px", "batch": run.cfg.batch,
+            "images_per_s": round(run.cfg.batch / step, 1), "step_ms": round(1e3 * step, 2), "floor_ms": round(1e3 * least, 2),
+            "floor/step": round(ratio, 3), **split(name, flags, count), "device": common.device_name(run.device),
             "precision": str(run.dtype).removeprefix("torch.")}
 
 
-def bench(name: str, flags: list[str], steps: int, device: torch.device) -> dict:
-    on_gpu = device.type == "cuda"
-    run, times, floors = train_for(name, flags, steps, 3, beside=None if on_gpu else functools.partial(floor, name))
-    if on_gpu:
-        network = floor(name, run)
-        for _ in range(3):
-            network()
-        began = wait(run.device)
-        for _ in range(steps):
-            network()
-        floors = [(wait(run.device) - began) / steps] * steps
-    step, least = statistics.median(times), statistics.median(floors[-steps:])
-    ratio = statistics.median(f / t for f, t in zip(floors[-steps:], times))
-    began = wait(run.device)
-    run.monitor()
-    monitor = wait(run.device) - began
-    parts = split(name, flags, max(2, steps // 2))
-    memory = torch.cuda.max_memory_allocated(run.device) if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {**setting(name, run), "images_per_s": round(run.cfg.batch / step, 1), "step_ms": round(1e3 * step, 1), "floor_ms": round(1e3 * least, 1), "floor/step": round(ratio, 3),
-            **{f"{part} %": round(100 * spent / sum(parts.values()), 1) for part, spent in sorted(parts.items())},
-            "monitor %": round(100 * monitor / (monitor + common.RunConfig.knn_every * run.steps_per_epoch * step), 1),
-            "peak_GB": round(memory / 1e9, 2), "device": common.device_name(run.device), "torch": torch.__version__}
+def bench_photos(folder: str, batch: int, device: torch.device) -> list[dict]:
+    """Images/s of each stage of 224-pixel training by itself."""
+    files, classes = common.list_tree(pathlib.Path(folder).resolve())
+    stored, augment, rows = 256, common.BatchAugment(224, blur_p=0.5).to(device), []
 
-
-# Changes that take one trick away, and one that adds what is not a default: flags, or a change at the first update of a run.
-CHANGES = {
-    "without channels_last": lambda run, script: run.model.to(memory_format=torch.contiguous_format),
-    "without bf16": ["--amp", "off"],
-    "without the fused optimizer": lambda run, script: [group.update(fused=False, foreach=False) for group in run.optimizer.param_groups],
-    "views augmented one by one": lambda run, script: setattr(common.BatchAugment, "forward", _one_by_one),
-    "with torch.compile": ["--compile"],
-}
-
-
-def _one_by_one(self, images, generator=None, views=1, forward=common.BatchAugment.forward):
-    return torch.cat([forward(self, images, generator) for _ in range(views)])
-
-
-def bench_tricks(name: str, flags: list[str], steps: int) -> list[dict]:
-    """Images/s as it is, and with each of CHANGES. A machine's speed drifts by more than most tricks bring, so every step is followed by one of
-    the bare encoder, which no change touches, and gains are of their ratio. start_s: seconds until the third step is done, with compilation."""
-    rows, forward = [], common.BatchAugment.forward
-
-    def encoder(run):
-        return network_alone(run.cfg.arch, run.stem, torch.randn(2 * run.batch, 3, run.size, run.size, device=run.device))
-
-    def row(change, extra=(), prepare=lambda run, script: None):
-        began = time.perf_counter()
-        run, times, spent = train_for(name, [*flags, *extra], steps, 3, prepare, encoder)
-        whole = time.perf_counter() - began
-        rows.append({**setting(name, run), "change": change, "images_per_s": round(run.cfg.batch / statistics.median(times), 1),
-                     "step/encoder": round(statistics.median(map(operator.truediv, times, spent[-steps:])), 3),
-                     "start_s": round(whole - sum(times) - sum(spent), 1), "device": common.device_name(run.device), "torch": torch.__version__})
-
-    for name_of_change, change in CHANGES.items():
-        row("")
-        row(name_of_change, *([change] if isinstance(change, list) else [[], change]))
-        common.BatchAugment.forward = forward
-    row("")
-    as_it_is = statistics.median(r["step/encoder"] for r in rows if not r["change"])
-    for r in rows:
-        r["speed against as it is, %"] = round(100 * (as_it_is / r["step/encoder"] - 1), 1)
-    return rows
-
-
-class Memory:
-    """Bytes that a block takes on top of what was there: of the device's allocator, or on a CPU of the process, looked at every 5 ms."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.over = device, threading.Event()
-
-    def now(self) -> int:
-        return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-    def __enter__(self):
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self.before = torch.cuda.memory_allocated(self.device)
-            return self
-        self.before = self.peak = self.now()
-        self.watcher = threading.Thread(target=self.watch)
-        self.watcher.start()
-        return self
-
-    def watch(self):
-        while not self.over.wait(0.005):
-            self.peak = max(self.peak, self.now())
-
-    def __exit__(self, *_):
-        if self.device.type == "cuda":
-            self.peak = torch.cuda.max_memory_allocated(self.device)
-        else:
-            self.over.set()
-            self.watcher.join()
-        self.bytes = self.peak - self.before
-
-
-def bench_bank(rows: int, dim: int, batch: int, negatives: int, steps: int, device: torch.device) -> dict:
-    """NPID's losses, their gradient and the update on a bank of random rows; negatives 0 = all of them."""
-    bank = npid_distill.MemoryBank(1, dim).to(device)
-    bank.rows = torch.cat([F.normalize(torch.randn(n, dim, device=device), dim=1) for n in [len(piece) for piece in torch.empty(rows).split(100_000)]])
-    weight, times, on_top = torch.full((batch, 2), 0.5, device=device), [], 0
-    for _ in range(steps + 1):
-        z = F.normalize(torch.randn(batch, dim, device=device), dim=1).requires_grad_()
-        index, partner = torch.randint(rows, (batch,), device=device), torch.randperm(batch, device=device)
+    def stage(name, count, function):
         began = wait(device)
-        with Memory(device) as memory:
-            if negatives:
-                loss, update = npid_step(bank, "grad", negatives, z, index, partner, weight)
-                loss.backward()
-                update()
-            else:
-                labels = torch.stack([index, index[partner]], 1)
-                ce, kl, log_z = npid_distill.chunked_losses(z, bank.rows, labels, weight, 0.2, 0.5, False, 8192)
-                (ce + 20 * kl).backward()
-                bank.update_in_chunks(labels, z, log_z, 0.2, 8192, weight)
-        times.append(wait(device) - began)
-        on_top = max(on_top, memory.bytes)
-    step = statistics.median(times[1:])
-    return {"bank rows": rows, "dim": dim, "batch": batch, "negatives": negatives or "all", "ms": round(1e3 * step, 1), "images_per_s": round(batch / step, 1),
-            "bank_MB": round(4e-6 * rows * dim), "on_top_MB": round(on_top / 1e6), "device": common.device_name(device), "torch": torch.__version__}
+        result = function()
+        rate = round(count / (wait(device) - began), 1)
+        rows.append({"stage": name, "images_per_s": rate, "device": common.device_name(device), "precision": "float32"})
+        return result
 
-
-# ------------------------------------------------------------------------------------------- stages of large images
-
-
-def bench_data(folder: str, arch: str, batch: int, size: int, device: torch.device) -> list[dict]:
-    """Images per second of each stage by itself: which one to buy."""
-    stored, rows = common.working_size(size), []
-    images = common.find_tree("folder", pathlib.Path(folder), "train", stored)
-    cpu, order = torch.device("cpu"), list(torch.arange(len(images)).split(batch))
-
-    def row(stage, count, seconds):
-        rows.append({"stage": stage, "images_per_s": round(count / seconds, 1), "images": len(images), "size": size, "device": common.device_name(device)})
-
-    def read(source, workers=0):
-        began = time.perf_counter()
-        count = sum(len(x) for x, _ in source.batches(order, cpu, workers))
-        return count, time.perf_counter() - began
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    row("decode, one core", *read(images))
-    row("decode, two workers", *read(images, 2))
+    stage("decode, one thread", len(files[:100]), lambda: [common.decode(file, stored) for file, _ in files[:100]])
     with tempfile.TemporaryDirectory() as cache:
-        began = time.perf_counter()
-        mapped = common.cached(images, pathlib.Path(cache) / "photos", 0)
-        row("decode and write the cache, one core", len(mapped), time.perf_counter() - began)
-        row("read the cache, one core", *read(mapped))
-        x = torch.stack([mapped[i % len(mapped)] for i in range(batch)])
-    torch.set_num_threads(threads)
-
-    def stage(name, function, repeat=3):
-        function()
-        began = wait(device)
-        for _ in range(repeat):
-            function()
-        row(name, repeat * batch, wait(device) - began)
-
-    stage("transfer to the device", lambda: x.to(device, copy=True))
-    on_device, augment = x.to(device), common.BatchAugment(size).to(device)
-    stage("augment, one view", lambda: augment(on_device))
-    stage(f"{arch}, forward and backward, one view", network_alone(arch, "imagenet", augment(on_device)), 2)
+        args = (files, classes, stored, pathlib.Path(cache) / "photos", 0)
+        photos = stage("decode into the map, a thread a core", len(files), lambda: common.decoded(*args))
+        order = [index % len(photos) for index in torch.arange(batch * 8).split(batch)]
+        stage("read the map", 8 * batch, lambda: [x for x in photos.batches(order, torch.device("cpu"))])
+        x = next(photos.batches(order, device))[0]
+        augment(x)
+        stage("augment, one view", 4 * batch, lambda: [augment(x) for _ in range(4)])
     return rows
 
 
-def draw(path: str, rows: list[dict]) -> None:
-    """Images/s over the batch size, a line a method, or milliseconds over the bank's rows; where matplotlib is there."""
-    if not (plt := pyplot("figure")):
-        return
-    x, y, line = ("bank rows", "ms", "negatives") if "bank rows" in rows[0] else ("batch", "images_per_s", "method")
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    for name in dict.fromkeys(row[line] for row in rows):
-        points = [(row[x], row[y]) for row in rows if row[line] == name]
-        axis.plot(*zip(*points), marker="o", label=f"{line} {name}" if line == "negatives" else name)
-    axis.set(xlabel=x, ylabel={"ms": "ms a step", "images_per_s": "images/s"}[y], xscale="log", yscale="log" if y == "ms" else "linear")
-    if y == "images_per_s":
-        axis.set_ylim(bottom=0)
-    axis.grid(alpha=0.3)
-    axis.legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-# ------------------------------------------------------------------------------------------- main
+def parser() -> argparse.ArgumentParser:
+    it = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    it.add_argument("--methods", nargs="+", choices=[*METHODS, *STUDY, "study"], default=[*METHODS], metavar="NAME")
+    it.add_argument("--recipe", choices=["auto", "small", "cifar"], default="auto")
+    it.add_argument("--batch", type=int, default=0, help="0 = the recipe's")
+    it.add_argument("--steps", type=int, default=10, help="pairs of step and floor; on a GPU tens of them")
+    it.add_argument("--photos", default="", metavar="DIR", help="a folder of photos: stages in place of steps")
+    it.add_argument("--out", default="", metavar="FILE", help="append the rows to this .jsonl file")
+    return it
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for flag, default in {"methods": ",".join(METHODS), "arch": "resnet10", "stem": "imagenet", "device": "auto", "amp": "auto", "npid": "--dim 512",
-                          "batches": "", "banks": "", "negatives": "10000,0", "peer": "", "photos": "", "out": "", "figure": "", "dataset": "shapes",
-                          "data": "data", "cache": ""}.items():
-        parser.add_argument(f"--{flag}", default=default)
-    for flag, default in {"batch": 256, "steps": 10, "dim": 128, "size": 0}.items():
-        parser.add_argument(f"--{flag}", type=int, default=default)
-    parser.add_argument("--predict", action="store_true")
-    parser.add_argument("--tricks", action="store_true")
-    args = parser.parse_args()
-    device = common.pick_device(args.device)
-    same = [word for name in ("dataset", "data", "cache", "arch", "stem", "size", "device", "amp") for word in (f"--{name}", str(getattr(args, name)))]
-    flags = lambda batch: [*same, "--batch", str(batch)]  # noqa: E731
-    names = args.methods.split(",")
-    own = lambda name: shlex.split(args.npid) if name.startswith("npid") else []  # noqa: E731
-    rows = []
-
-    def take(row):
-        rows.append(row)
-        if "images_per_s" in row:
-            print(f"{row.get('method') or row.get('stage') or row.get('bank rows')}: {row['images_per_s']} images/s", file=sys.stderr, flush=True)
+    args = parser().parse_args()
+    device = common.pick_device("auto")
+    recipe = ("cifar" if device.type == "cuda" else "small") if args.recipe == "auto" else args.recipe
+    flags = ["--recipe", recipe] + (["--batch", str(args.batch)] if args.batch else [])
+    names = [name for word in args.methods for name in (STUDY if word == "study" else [word])]
+    rows = bench_photos(args.photos, args.batch or 128, device) if args.photos else \
+        (bench_method(name, flags, args.steps) for name in names)
+    for row in rows:
+        hidden = ("device", "precision", "network")
+        print(", ".join(f"{key} {value}" for key, value in row.items() if key not in hidden), flush=True)
         if args.out:
-            common.append_line(pathlib.Path(args.out), json.dumps(row | {"command": common.launched_by()}))
-
-    if args.photos:
-        for row in bench_data(args.photos, args.arch, args.batch, args.size or 224, device):
-            take(row)
-    elif args.predict:
-        for name in [name for name in names if "fusion" not in name]:  # the gradient of its images is not in the count
-            take(predict(name, args.arch, args.stem, args.batch, args.size or 32, args.dim))
-    elif args.banks:
-        for n in map(int, args.banks.split(",")):
-            for negatives in map(int, args.negatives.split(",")):
-                take(bench_bank(n, args.dim, args.batch, negatives, args.steps, device))
-    elif args.tricks:
-        for name in names:
-            for row in bench_tricks(name, [*flags(args.batch), *own(name)], args.steps):
-                take(row)
-    else:
-        for batch in map(int, (args.batches or str(args.batch)).split(",")):
-            for name in names:
-                take(bench(name, [*flags(batch), *own(name)], args.steps, device))
-    if args.peer:
-        done = subprocess.run(args.peer, shell=True, capture_output=True, text=True, check=True)
-        take({"method": f"peer: {args.peer}", "images_per_s": float(done.stdout.split()[-1])})
-    if args.figure:
-        draw(args.figure, rows)
-    head = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in ("device", "torch")]
-    print("\n".join(markdown(head, [[row.get(key, "") for key in head] for row in rows])))
-    print(f"\n{rows[0].get('device', 'predicted, not measured')}, torch {torch.__version__}")
+            pathlib.Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+            with open(args.out, "a") as file:
+                file.write(json.dumps(row | common.origin()) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Shared by the tests: the repository on the path, tiny runs as subprocesses, and the `soak` marker for what takes long."""
+"""Shared by the tests: the repository on the path, tiny runs, a small stand-in for a ResNet, the `soak` marker."""
 import functools
 import json
 import os
@@ -14,16 +14,17 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 
-common.draw_shapes = functools.cache(common.draw_shapes)  # runs inside this process share the pixels, which nothing writes to
+common.draw_shapes = functools.cache(common.draw_shapes)  # shared by the runs of this process, which write nothing
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))  # one where two halves of the suite run side by side
-
-# Seconds on a CPU: 48 images of shapes at 16 pixels.
-TINY = ["--dataset", "shapes", "--arch", "resnet10", "--stem", "imagenet", "--size", "16", "--limit", "48", "--batch", "16", "--epochs", "2", "--device", "cpu"]
+# Seconds on a CPU: 48 images of shapes at 16 pixels, 6 steps.
+TINY = ("--dataset shapes --size 16 --view 16 --arch resnet10 --stem imagenet --limit 48 --batch 16 --epochs 2 "
+        "--knn-every 0 --device cpu --amp off").split()
+BY = {"bassl": "framework", "npid_distill": "update", "aug_study": "methods"}
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "soak: takes minutes to hours; run by `make soak`, not by `make test`")
+    config.addinivalue_line("markers", "soak: takes minutes to hours; `make soak`, not `make test`")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -32,9 +33,15 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if not item.get_closest_marker("soak")]
 
 
+def parsed(script, *flags):
+    """The configuration of a method's module for a command line."""
+    return common.parse(script.Config, "", [*map(str, flags)], recipes=script.RECIPES, by=BY[script.__name__])
+
+
 def run_script(*args, cwd=ROOT, timeout=300, env=None):
     """A script as a user starts it: (exit status, stdout, stderr)."""
-    done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=timeout, env={**os.environ, **(env or {})})
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=timeout,
+                          env={**os.environ, **(env or {})})
     return done.returncode, done.stdout, done.stderr
 
 
@@ -46,11 +53,19 @@ def assert_works_alone(script, code, folder):
     assert done.returncode == 0, done.stderr
 
 
+class Small(torch.nn.Sequential):
+    """Stands in for a ResNet, so that a step or a save takes no time."""
+    dim = 16
+
+    def __init__(self, *_):
+        super().__init__(torch.nn.Conv2d(3, 16, 3, bias=False), torch.nn.BatchNorm2d(16), torch.nn.ReLU(),
+                         torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+
+
 def read_log(out):
-    """log.jsonl without what depends on the clock."""
+    """log.jsonl without what depends on the clock or the folder."""
     lines = [json.loads(line) for line in (pathlib.Path(out) / "log.jsonl").read_text().splitlines()]
-    clock = {"images_per_s", "minutes", "started", "command"}
-    lines[0] = {key: value for key, value in lines[0].items() if key != "config"}
+    clock = {"images_per_s", "minutes", "started", "command", "config"}
     return [{key: value for key, value in line.items() if key not in clock} for line in lines]
 
 
@@ -75,8 +90,20 @@ class Died(BaseException):
     """Stands in for a kill: nothing in the script catches it."""
 
 
+def same_run(a, b):
+    """Two finished runs have the same checkpoint, backbone and log, but for clock and folder."""
+    states = [common.read_checkpoint(pathlib.Path(out) / "checkpoint.pt") for out in (a, b)]
+    for state in states:
+        for key in ("seconds", "log"):
+            state.pop(key)
+        state["config"].pop("out")
+    assert_same(*states)
+    assert_same(*(common.read_checkpoint(pathlib.Path(out) / "backbone.pt") for out in (a, b)))
+    assert read_log(a) == read_log(b)
+
+
 def assert_dying_changes_nothing(script, flags, steps, tmp_path, monkeypatch):
-    """A run that dies before the update of each of the steps, started again each time, ends bit for bit like one that never died."""
+    """A run that dies before the update of each of the steps, started again each time, ends like one that never died."""
     def start(out, dies_at):
         def optimise(run, loss, optimise=common.Run.optimise):
             if run.step == dies_at:
@@ -84,28 +111,13 @@ def assert_dying_changes_nothing(script, flags, steps, tmp_path, monkeypatch):
             optimise(run, loss)
         with monkeypatch.context() as patch:
             patch.setattr(common.Run, "optimise", optimise)
-            patch.setattr(common.fcntl, "flock", lambda *_: None)                       # the dead run is still in this process
-            script.train(common.parse(script.Config, "", [*flags, "--out", str(out)]))
+            patch.setattr(common.fcntl, "flock", lambda *_: None)  # the dead run is still in this process
+            script.train(parsed(script, *flags, "--out", out))
 
     start(tmp_path / "whole", -1)
     for step in steps:
         with pytest.raises(Died):
             start(tmp_path / "died", step)
     start(tmp_path / "died", -1)
-    whole, died = (common.read_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "died"))
-    for state in (whole, died):
-        state.pop("seconds"), state["config"].pop("out")
-    assert_same(whole, died)
-    assert read_log(tmp_path / "whole") == read_log(tmp_path / "died")
+    same_run(tmp_path / "whole", tmp_path / "died")
     torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def tiny_run(tmp_path):
-    """tiny_run(script, *flags, name="run") -> the OUT folder of a finished run."""
-    def run(script, *flags, name="run"):
-        out = tmp_path / name
-        status, _, stderr = run_script(script, *TINY, *flags, "--out", out)
-        assert status == 0, stderr
-        return out
-    return run

@@ -1,10 +1,9 @@
-"""One process of a torchrun job, or the only one: trains every run that the JSON file argv[1] lists, each in this process.
+"""One process of a torchrun job, or the only one: trains every run that the JSON file argv[1] lists.
 
-[["bassl", ["--batch", "16", ...]], ...]; used by test_processes.py, which compares jobs of one and of two processes. Beside the files of
-the run, OUT gets start.pt, the parameters before the first step, and losses.json, the loss of every step in full precision.
-
-Everything is computed in float64: in float32, steps through batch norms over few samples blow rounding noise up, and what is left would
-not tell a wrong gradient from a different order of summation.
+[["bassl", ["--batch", "16", ...]], ...]; test_processes.py compares jobs of one and of two processes. Beside the
+files of a run, OUT gets record.pt: the parameters before the first step, and the loss of every step. All is computed
+in float64: in float32, steps through norms over few samples blow rounding noise up, and what is left would not tell
+a wrong gradient from another order of summation. And every process draws other numbers of its own.
 """
 import importlib
 import json
@@ -12,32 +11,73 @@ import pathlib
 import sys
 
 import torch
+import torch.distributed as dist
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-import common  # noqa: E402
-from killed import Small  # noqa: E402
+from conftest import Small, common, parsed
 
 torch.float32, torch.Tensor.float = torch.float64, torch.Tensor.double
 torch.set_default_dtype(torch.float64)
+seed, seeded = torch.manual_seed, common.seeded
+torch.manual_seed = lambda number: seed(number + common.rank())
+common.seeded = lambda *key, **at: seeded(*key, *["of a process"] * (key[0] == "bank" and common.rank() > 0), **at)
+
+
+class Total(torch.autograd.Function):
+    """The sum over the processes; each has the gradient of the one loss through its own use of the sum."""
+
+    @staticmethod
+    def forward(ctx, x):
+        dist.all_reduce(y := x.clone())
+        return y
+
+    backward = forward
+
+
+class WholeNorm(torch.nn.modules.batchnorm._BatchNorm):
+    """Batch norm over the batches of all processes."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        axes, shape = [a for a in range(x.ndim) if a != 1], [1, -1, *[1] * (x.ndim - 2)]
+        count = x.numel() // x.shape[1] * common.world()
+        mean = Total.apply(x.sum(axes)) / count
+        var = Total.apply((x - mean.view(shape)).square().sum(axes)) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+        x = (x - mean.view(shape)) / (var + self.eps).sqrt().view(shape)
+        return x * self.weight.view(shape) + self.bias.view(shape)
+
+    def _check_input_dim(self, x):
+        pass
 
 
 class Recorded(common.Run):
     def start(self, model, *args, **options):
+        for module in model.modules():
+            if common.world() > 1 and isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                module.__class__ = WholeNorm
         super().start(model, *args, **options)
-        self.losses = []
-        if common.rank() == 0:
-            common.write_checkpoint(self.out / "start.pt", dict(self.model.named_parameters()))
+        self.record = {"start": {key: p.detach().clone() for key, p in model.named_parameters()}, "losses": []}
 
     def log(self, **values):
         super().log(**values)
-        self.losses.append(values["loss"].item())
+        self.record["losses"].append(values["loss"].item())
         if common.rank() == 0:
-            (self.out / "losses.json").write_text(json.dumps(self.losses))
+            torch.save(self.record, self.out / "record.pt")
 
 
 if __name__ == "__main__":
     common.Run, common.resnet = Recorded, Small
-    with common.one_line_errors():
-        for name, argv in json.loads(pathlib.Path(sys.argv[1]).read_text()):
-            script = importlib.import_module(name)
-            script.train(common.parse(script.Config, "", argv))
+    path = pathlib.Path(sys.argv[1])
+    for name, argv in json.loads(path.read_text()):
+        script = importlib.import_module(name)
+        script.train(parsed(script, *argv))
+    if common.world() > 1:  # a part that the loss uses twice
+        part = torch.arange(6.0).view(2, 3).add(6 * common.rank()).requires_grad_()
+        whole = common.gather(part)
+        (whole.sin().sum(1) * whole.square().sum(1).roll(1)).sum().backward()
+        torch.save(part.grad, path.parent / f"gradient-{common.rank()}.pt")
+        dist.destroy_process_group()

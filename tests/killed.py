@@ -1,10 +1,11 @@
 """Runs a training script again and again, each time killed at a given moment, and at last to its end.
 
-    python tests/killed.py plan.json        # {"script": "bassl", "argv": [...], "kills": [["rename", 2], ["step", 5], ...]}
+    python tests/killed.py plan.json    # {"script": "bassl", "argv": [...], "kills": [["rename", 2, []], ...]}
 
-Every attempt is a child of this process, which has imported everything and computed nothing, so that a kill costs a second. A moment is
-the n-th time since the attempt's start that the run is about to take a step, to serialise a checkpoint, to fsync, to rename, or is half
-way through writing a checkpoint or a log line. The signal is SIGKILL. Prints the moments that came.
+Beside the plan it leaves killed/, and whole/ of a run that nothing happened to. Every attempt is a child of this
+process, which has imported everything and computed nothing, so that a kill costs half a second. A kill is a phase,
+a number n and further flags: SIGKILL, the n-th time since the attempt's start that the run is about to take a step,
+to serialise a checkpoint, to fsync, to rename, or is half way through writing to a file. Prints the kills that came.
 """
 import builtins
 import collections
@@ -18,16 +19,7 @@ import sys
 
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-import common  # noqa: E402
-
-
-class Small(torch.nn.Sequential):
-    """Stands in for a ResNet, so that a save takes no time."""
-    dim = 16
-
-    def __init__(self, *_):
-        super().__init__(torch.nn.Conv2d(3, 16, 3, bias=False), torch.nn.BatchNorm2d(16), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+from conftest import Small, common, parsed
 
 
 class Torn:
@@ -41,6 +33,7 @@ class Torn:
         self.file.flush()
         self.moment("write")
         self.file.write(data[len(data) // 2:])
+        return len(data)
 
     def __getattr__(self, name):
         return getattr(self.file, name)
@@ -52,32 +45,33 @@ class Torn:
         self.file.close()
 
 
-def set_traps(phase, nth):
-    counts = collections.Counter()
-
-    def moment(name):
-        counts[name] += 1
-        if (name, counts[name]) == (phase, nth):
-            os.kill(os.getpid(), signal.SIGKILL)
-
+def set_traps(patch, moment):
+    """moment(name) is called right before, or half way through, everything that a save does."""
     def before(name, function):
         def stopped(*args, **options):
             moment(name)
             return function(*args, **options)
         return stopped
 
-    common.Run.optimise = before("step", common.Run.optimise)
-    torch.save, os.fsync, os.replace = before("serialise", torch.save), before("fsync", os.fsync), before("rename", os.replace)
-    common.open = lambda *args: Torn(builtins.open(*args), moment)
+    patch(common.Run, "optimise", before("step", common.Run.optimise))
+    for owner, attribute, name in ((torch, "save", "serialise"), (os, "fsync", "fsync"), (os, "replace", "rename")):
+        patch(owner, attribute, before(name, getattr(owner, attribute)))
+    patch(common, "open", lambda *args: Torn(builtins.open(*args), moment))
 
 
 def attempt(script, argv, phase, nth):
     """True where the kill came, False where the run reached its end first."""
     child = os.fork()
     if child == 0:
+        counts = collections.Counter()
+
+        def moment(name):
+            counts[name] += 1
+            if (name, counts[name]) == (phase, nth):
+                os.kill(os.getpid(), signal.SIGKILL)
         try:
-            set_traps(phase, nth)
-            script.train(common.parse(script.Config, "", argv))
+            set_traps(setattr, moment)
+            script.train(parsed(script, *argv))
         except BaseException as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
             os._exit(1)
@@ -91,11 +85,15 @@ def attempt(script, argv, phase, nth):
 
 
 if __name__ == "__main__":
-    plan = json.loads(pathlib.Path(sys.argv[1]).read_text())
+    path = pathlib.Path(sys.argv[1])
+    plan = json.loads(path.read_text())
     script = importlib.import_module(plan["script"])
     common.resnet = Small
-    common.draw_shapes = functools.cache(common.draw_shapes)
-    common.draw_shapes(10_000, 0, size=16)
-    came = [moment for moment in plan["kills"] if attempt(script, plan["argv"], *moment)]
-    attempt(script, plan["argv"], "never", 0)
-    print("came", json.dumps(came))
+    os.fsync = lambda _: None  # what a killed process has written stays, and the disk need not be waited for
+    common.origin = functools.cache(common.origin)
+    common.origin(), common.draw_shapes(10_000, 0, size=16)
+    attempt(script, [*plan["argv"], "--out", path.parent / "whole"], "never", 0)
+    argv = [*plan["argv"], "--out", path.parent / "killed"]
+    came = [[phase, n] for phase, n, flags in plan["kills"] if attempt(script, argv + flags, phase, n)]
+    attempt(script, argv, "never", 0)
+    print(json.dumps(came))

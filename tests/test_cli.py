@@ -1,269 +1,291 @@
-"""The command line as a user meets it: every command of the README, wrong usage, broken input, and what is left on disk."""
+"""The command line as a user meets it: wrong usage, broken input, every documented command, and `make`."""
+import functools
 import importlib
-import io
 import json
 import os
+import pathlib
+import random
 import re
 import runpy
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
+import typing
+import urllib.request
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed.run
 from PIL import Image
 
 import aug_study
+import bench
 import common
 import linear_probe
-from conftest import ROOT, TINY, run_script
+import npid_distill
+from conftest import BY, ROOT, TINY, Small, parsed
 
-SCRIPTS = ["bassl.py", "npid_distill.py"]
+sys.path.append(str(ROOT / "results"))
+import tables  # noqa: E402
 
-
-def make_tree(root, images=12, size=32):
-    for split in ("train", "test"):
-        for i in range(images):
-            folder = root / split / "ab"[i % 2]
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.random.default_rng(i).integers(0, 256, (size, size, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    return root
+SCRIPTS = [*map(importlib.import_module, BY), linear_probe]
+ENV = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
 
 
-def fails(status, words, *args, **options):
-    code, stdout, stderr = run_script(*args, **options)
-    assert code == status and re.search(words, stderr), (code, stderr)
-    assert "Traceback" not in stderr and len(stderr.strip().splitlines()[-1]) < 600
-    return stderr
+def start(script, *flags):
+    """What the file does when it is started, but for the import: the exit status. An error that gets out is a bug."""
+    try:
+        with common.one_line_errors():
+            if script is linear_probe:
+                linear_probe.probe(common.parse(linear_probe.Config, "", [*map(str, flags)], shared=object))
+            else:
+                script.train(parsed(script, *flags))
+    except SystemExit as end:
+        return end.code or 0
+    return 0
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_wrong_usage_is_one_line_and_status_2(script, tmp_path, capsys):
-    out, module = tmp_path / "out", importlib.import_module(script.removesuffix(".py"))
-    for words, flags in {
-        "invalid choice: 'mnist'": ["--dataset", "mnist"],
-        "not a folder.*--data": ["--dataset", "imagenet1k", "--data", str(tmp_path / "nowhere")],
-        "--device cuda:7": ["--device", "cuda:7"],
-        "unrecognized arguments: --epoch": ["--epoch", "3"],
-        "--lr nan": ["--lr", "nan"],
-        "--batch 1: want 2": ["--batch", "1"],
-        "--size 3: want 0 or 8": ["--size", "3"],
-        "--save-every 5": ["--save-every", "5"],
-    }.items():
-        with pytest.raises(SystemExit) as end, common.one_line_errors():
-            module.train(common.parse(module.Config, "", [*TINY, *flags, "--out", str(out)]))
-        errors = capsys.readouterr().err
-        assert end.value.code == 2 and re.search(words, errors), (end.value.code, errors)
-    fails(2, "--batch 64 is larger than the 48", script, *TINY, "--batch", "64", "--out", out)  # and so for who types it
-    assert not out.exists()
+TAKES = [  # script, flags, and what the one line says
+    ("bassl", "--dataset mnist", "invalid choice: 'mnist'"), ("bassl", "--epoch 3", "unrecognized arguments: --epoch 3"),
+    ("bassl", "--lr nan", "--lr nan: want a number"), ("bassl", "--batch 1", "--batch 1: want a number from 2"),
+    ("bassl", "--limit 1.5", "invalid int value"), ("bassl", "--size 4", "want 8 or more"),
+    ("bassl", "--batch 64", "--batch 64 is larger than the 48"), ("bassl", "--device cuda:77", "--device cuda:77: "),
+    ("bassl", "--dataset imagenet1k --data nowhere", "no folder .*nowhere.*--data"), ("bassl", "--patch 5", "patch 5 .*16"),
+    ("bassl", "--kernel 2", "kernel 2 is even"), ("npid_distill", "--tau 0", "--tau 0.*above 0"),
+    ("aug_study", "--augs none", "--augs none: want one of crop, "), ("aug_study", "--methods simsiam --predictor off", "collapses"),
+    ("linear_probe", "", "either --backbone FILE or --random"), ("linear_probe", "--backbone none.pt", "none.pt: no such file"),
+    ("linear_probe", "--random --fraction 0", "above 0 and up to 1"), ("linear_probe", "--random --neighbours n", "ends in .png"),
+]
 
 
-def test_a_patch_that_does_not_divide_is_named_with_the_image(tmp_path):
-    fails(2, "patch 5.*16", "bassl.py", *TINY, "--patch", "5", "--out", tmp_path)
-    fails(2, "kernel 2", "bassl.py", *TINY, "--kernel", "2", "--out", tmp_path)
+@pytest.mark.parametrize("name, flags, words", TAKES)
+def test_wrong_usage_is_one_line_and_status_2_and_writes_nothing(name, flags, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script, tiny = importlib.import_module(name), [] if name == "linear_probe" else TINY
+    assert start(script, *tiny, *flags.split(), "--out", "out") == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert re.search(words, said[-1]) and len(said[-1]) < 600 and ": error: " in said[-1]
+    assert len(said) <= 2 and said[:-1] == [line for line in said[:-1] if line.startswith("usage")]  # which argparse has first
+    assert not [*tmp_path.iterdir()]
 
 
-def test_broken_data_is_named_with_status_1(tmp_path):
-    tree = make_tree(tmp_path / "tree")
-    flags = [*TINY, "--dataset", "folder", "--batch", "4", "--size", "32", "--out", tmp_path / "out"]
-    (tree / "train" / "a" / "broken.png").write_bytes(b"not a png")
-    fails(1, "broken.png", "bassl.py", *flags, "--data", tree)
-    (tmp_path / "empty" / "train").mkdir(parents=True)
-    fails(1, "no images", "bassl.py", *flags, "--data", tmp_path / "empty")
-    assert not (tmp_path / "out").exists()
+def test_broken_data_is_named_with_status_1(tmp_path, capsys):
+    for i, name in enumerate(["a/0.png", "a/1.png", "b/2.png"]):
+        path = tmp_path / "tree" / "train" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((16, 16, 3), 80 * i, np.uint8)).save(path)
+    path.write_bytes(b"not a png")
+    flags = [*TINY, "--dataset", "folder", "--cache", tmp_path / "cache", "--out", tmp_path / "out", "--batch", 2]
+    assert start(SCRIPTS[0], *flags, "--data", tmp_path / "tree") == 1
+    assert "b/2.png" in capsys.readouterr().err.splitlines()[-1]
+    (tmp_path / "empty" / "train" / "class").mkdir(parents=True)
+    assert start(SCRIPTS[0], *flags, "--data", tmp_path / "empty") == 1
+    assert "holds no images: want" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_a_failed_download_says_both_ways(tmp_path):
-    stderr = fails(1, "download failed", "bassl.py", *TINY, "--dataset", "cifar10", "--data", tmp_path, "--out", tmp_path / "out",
-                   env={"https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"})
-    assert "cifar10/{train,test}/<class>/*.png" in stderr and "--data" in stderr
-
-
-def test_cifar_batches_that_are_not_the_published_ones_are_not_unpickled(tmp_path):
+def test_a_failed_download_says_both_ways_and_other_cifar_batches_are_not_unpickled(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(urllib.request, "_opener", None)
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
     trace, folder = tmp_path / "ran", tmp_path / "cifar-10-batches-py"
     folder.mkdir()
-    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch", "batches.meta"]:
-        (folder / name).write_bytes(b"cposix\nsystem\n(S'touch " + str(trace).encode() + b"'\ntR.")
-    fails(1, "cifar10", "bassl.py", *TINY, "--dataset", "cifar10", "--data", tmp_path, "--out", tmp_path / "out",
-          env={"https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"})
-    assert not trace.exists()
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"]:
+        (folder / name).write_bytes(f"cposix\nsystem\n(S'touch {trace}'\ntR.".encode())
+    flags = [*TINY, "--dataset", "cifar10", "--data", tmp_path, "--out", tmp_path / "out"]
+    assert start(SCRIPTS[0], *flags) == 1 and not trace.exists() and not (tmp_path / "out").exists()
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "download failed" in said and f"no cifar10 in {tmp_path}" in said and "copy a downloaded folder there" in said
+    assert "cifar10/{train,test}/<class>/*.png and pass --data" in said
 
 
-def test_a_diverged_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
-    out = tmp_path / "out"
-    flags = [*TINY, "--framework", "byol", "--epochs", "20", "--lr", "1e25", "--save-every", "1steps", "--out", out]
-    fails(1, r"(the loss is (nan|inf|-inf) at|parameters are not finite after) step \d+ \(lr .*--lr", "bassl.py", *flags)
-    assert not (out / "backbone.pt").exists()
-    for file in out.glob("checkpoint.*"):
-        assert all(value.isfinite().all() for value in common.read_checkpoint(file)["model"].values())
+@pytest.mark.parametrize("name", BY)
+def test_preview_draws_and_stops(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "resnet", Small)
+    assert start(importlib.import_module(name), *TINY, "--preview", "--out", tmp_path) == 0
+    image = np.asarray(Image.open(tmp_path / "preview.png"))
+    assert min(image.shape[:2]) >= 2 * 16 and image.std() > 20 and [p.name for p in tmp_path.iterdir()] == ["preview.png"]
 
 
-def test_a_folder_of_another_run_is_refused_by_naming_the_keys(tiny_run):
-    out = tiny_run("bassl.py")
-    before = (out / "checkpoint.pt").read_bytes()
-    stderr = fails(2, "seed \\(0, not 1\\)", "bassl.py", *TINY, "--seed", "1", "--temperature", "0.5", "--out", out)
-    assert "temperature (0.0, not 0.5)" in stderr
-    fails(2, "checkpoint of bassl, not of npid_distill", "npid_distill.py", *TINY, "--out", out)
-    assert (out / "checkpoint.pt").read_bytes() == before
-    code, stdout, _ = run_script("bassl.py", *TINY, "--out", out)                        # the same command again: nothing left to do
-    assert code == 0 and "nothing left to do" in stdout and (out / "checkpoint.pt").read_bytes() == before
+WORDS = ["", "0", "1", "2", "16", "-1", "1e9", "1e400", "nan", "-inf", "9" * 400, "3.5", "shapes", "folder", "adamw", "bf16",
+         "plain", "moco,byol", "multicrop", "on", "/dev/null", "/nowhere/at/all", "ä\u2028", "--", "--batch", "@file", "*"]
+FITTING = {int: ["0", "1", "2", "16", "64"], float: ["0", "0.5", "1e-3", "20"], str: WORDS, bool: [], type(None): []}
 
 
-def test_damaged_checkpoints_give_way_to_the_one_before_or_a_clear_end(tmp_path):
-    out = tmp_path / "out"
-    assert run_script("bassl.py", *TINY, "--save-every", "1steps", "--out", out)[0] == 0
-    whole = (out / "checkpoint.pt").read_bytes()
-    (out / "checkpoint.pt").write_bytes(whole[:-100])
-    code, stdout, stderr = run_script("bassl.py", *TINY, "--save-every", "1steps", "--out", out)
-    assert code == 0 and "trying the one before" in stderr and "checkpoint.previous" in stdout
-    for name in ("checkpoint.pt", "checkpoint.previous"):
-        (out / name).write_bytes(b"PK\x03\x04 foreign")
-    fails(1, "no checkpoint in .* can be read", "bassl.py", *TINY, "--save-every", "1steps", "--out", out)
-    state = torch.load(io.BytesIO(whole), weights_only=True)
-    for key in common.CHECKPOINT_KEYS:
-        common.write_checkpoint(out / "checkpoint.pt", {k: v for k, v in state.items() if k != key})
-        with pytest.raises(common.RunError, match=f"has no {key}"):
-            resume_here(out)
+def fitting(kind):
+    """Values for a flag of this kind."""
+    if kind in FITTING or isinstance(kind, str):
+        return FITTING.get(kind, [kind])
+    return [value for part in typing.get_args(kind) for value in fitting(part)]
 
 
-def resume_here(out):
-    """Only the part of a start that reads the checkpoint, so that each key costs no new process."""
-    import bassl
-    bassl.train(common.parse(bassl.Config, "", [*TINY, "--save-every", "1steps", "--out", str(out)]))
+@pytest.mark.parametrize("script, count", [*zip(SCRIPTS, (300, 300, 300, 100))])
+def test_random_command_lines_end_with_0_1_or_2(script, count, tmp_path, monkeypatch):
+    """Flags whose values mostly fit their kind and sometimes are anything; all that a run does but its steps."""
+    def images(dataset, data, split, size, *rest, load=common.load_images, **more):
+        if dataset != "shapes":
+            return load(dataset, data, split, size, *rest, **more)
+        return common.ImageSet(torch.zeros(60, 3, size, size, dtype=torch.uint8), torch.arange(60) % 2, ["a", "b"])
+
+    monkeypatch.setattr(common, "load_images", images)
+    monkeypatch.setattr(common, "download_cifar", lambda *_: (_ for _ in ()).throw(common.RunError("no internet")))
+    monkeypatch.setattr(common.Run, "start", lambda *_: None)
+    monkeypatch.setattr(common.Run, "batches", lambda _: iter(()))
+    monkeypatch.setattr(npid_distill, "calibrate", lambda *_: None)
+    monkeypatch.setattr(npid_distill, "projector", lambda *_: torch.nn.Identity())
+    monkeypatch.setattr(linear_probe, "quick_probe", lambda *_: 50.0)
+    monkeypatch.setattr(linear_probe, "features", lambda _, found, *__: (torch.randn(len(found), 4), found.labels))
+    for module in (common, linear_probe):
+        monkeypatch.setattr(module, "resnet", Small)
+    monkeypatch.chdir(tmp_path)
+    shared = object if script is linear_probe else common.RunConfig
+    draw, hints = random.Random(script.__name__), {**typing.get_type_hints(shared), **typing.get_type_hints(script.Config)}
+    ends = []
+    for _ in range(count):
+        line = []
+        for name in draw.choices([name for name in hints if name not in ("out", "cache")], k=draw.randint(0, 4)):
+            values = fitting(hints[name]) if draw.random() < 0.8 else WORDS
+            line += [f"--{name.replace('_', '-')}", *draw.choices(values or [""], k=bool(values))]
+        ends.append(start(script, *line, *["--random", "--epochs", "0"] * (script is linear_probe)))
+        torch.use_deterministic_algorithms(False)
+    assert {*ends} <= {0, 1, 2} and ends.count(0) > count / 10 and ends.count(2) > count / 10
 
 
-def test_two_runs_on_one_folder_are_refused_while_the_first_lives(tmp_path):
-    out = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, "bassl.py", *TINY, "--epochs", "1000", "--out", str(out)], cwd=ROOT, stdout=subprocess.DEVNULL)
-    try:
-        while not (out / "log.jsonl").exists():
-            assert process.poll() is None
-        fails(2, "alive", "bassl.py", *TINY, "--epochs", "1000", "--out", out)
-    finally:
-        process.kill()
-        process.wait()
-    assert run_script("bassl.py", *TINY, "--epochs", "1", "--out", tmp_path / "other")[0] == 0  # and a lock left behind blocks nobody
-    assert run_script("bassl.py", *TINY, "--out", out)[0] == 2                                   # another configuration, said as such
+# ------------------------------------------------------------------------------- what the documents tell a user to type
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_preview_draws_and_stops(script, tmp_path):
-    code, stdout, stderr = run_script(script, *TINY, "--preview", "--out", tmp_path)
-    assert code == 0 and "preview.png" in stdout, stderr
-    assert Image.open(tmp_path / "preview.png").size[0] >= 4 * 16 and not (tmp_path / "checkpoint.pt").exists()
+def commands(text):
+    """The commands of a shell text that start make or Python, as words, without variables before them."""
+    for line in re.split(r"\n|&&|;", text.replace("\\\n", " ")):
+        words = shlex.split(line, comments=True)
+        while words and (words[0] == "do" or re.match(r"\w+=", words[0])):
+            words.pop(0)
+        if words and re.fullmatch(r"(\S*/)?(python3?|torchrun|make)", words[0]):
+            yield words
 
 
-def readme_commands():
-    """Every `python script.py ...` and `make ...` line of the README's code blocks."""
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-    lines = [line.split("  #")[0].strip() for language, block in blocks if language == "sh" for line in block.replace("\\\n", " ").splitlines()]
-    return [line for line in lines if re.match(r"(python|make|torchrun) ", line)]
+README = (ROOT / "README.md").read_text()
+TYPED = "\n".join(re.findall(r"^```sh\n(.*?)^```", README, re.M | re.S))
 
 
-def test_every_result_line_of_the_readme_comes_from_committed_rows():
-    files = sorted((ROOT / "results").glob("*.jsonl"))
-    made = {line for file in files for line in linear_probe.tables(linear_probe.read_rows([str(file)])).splitlines()}
-    shown = [line for line in (ROOT / "README.md").read_text().splitlines() if re.match(r"\| (bassl|npid_distill|aug_study|random) ", line)]
-    assert shown and not [line for line in shown if line not in made]
-    for file in files:
-        assert all(row["command"] or row["probe_command"] for row in linear_probe.read_rows([str(file)]))
+@functools.cache
+def dry_run(*words):
+    """What a make command would start."""
+    done = subprocess.run([*words, "-n", "PYTHON=python"], cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout, (words, done.stderr)
+    return [words for words in commands(done.stdout) if words[0] != "make" and "-m" not in words]
 
 
-def test_every_table_of_a_study_in_the_readme_is_made_from_committed_rows():
-    """The grid, the effects and the speeds, line by line."""
-    readme = (ROOT / "README.md").read_text().splitlines()
-    files = sorted((ROOT / "results").glob("*-study.jsonl"))
-    assert files
-    for file in files:
-        rows, accuracy, rates = linear_probe.read_rows([str(file)]), {}, {}
-        for row in rows:
-            method, aug, predictor, momentum = re.fullmatch(r"(\w+), (\S+) views(?:, predictor (\w+))?(?:, momentum (\w+))?", row["variant"]).groups("default")
-            key = aug_study.states(aug_study.Cell(method, aug, row["arch"], predictor, momentum)), row["seed"]
-            accuracy[key], rates[key] = row["probe_top1"], row["images_per_s"]
-        cfg = common.parse(aug_study.Config, "", shlex.split(rows[0]["command"])[2:])
-        table = [line for line in aug_study.report(cfg, accuracy, rates, []).splitlines() if line]
-        assert table and not [line for line in table if line not in readme]
+def recorded(path):
+    """What a file of results/ starts, by programs in place of Python's that write down how they are called."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(ROOT / "results", folder + "/results")
+        for name in ("python", "torchrun"):
+            stub = f'#!/bin/bash\n(printf "{name}"; printf " %q" "$@"; echo) >> {folder}/calls\n'
+            pathlib.Path(folder, name).write_text(stub)
+            os.chmod(f"{folder}/{name}", 0o755)
+        subprocess.run(["bash", f"results/{path.name}"], cwd=folder, check=True, stdout=subprocess.DEVNULL,
+                       env=dict(ENV, PATH=f"{folder}:{os.environ['PATH']}"))
+        return [*commands(pathlib.Path(folder, "calls").read_text())]
 
 
-def test_every_table_of_the_bench_in_the_readme_is_made_from_committed_rows():
-    """Its columns are keys of the rows, and each of its lines shows one row."""
-    tables = re.findall(r"^\| .*\n\|-.*\n(?:\|.*\n)+", (ROOT / "README.md").read_text(), re.M)
-    cells = [[[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()] for table in tables]
-    files = {file.name: [json.loads(line) for line in file.read_text().splitlines()] for file in (ROOT / "results" / "bench").glob("*.jsonl")}
-    seen = set()
-    for head, _, *lines in cells:
-        if any(set(head) <= set(row) for rows in files.values() for row in rows):
-            source = {tuple(str(row.get(key, "")) for key in head): name for name, rows in files.items() for row in rows}
-            assert not [line for line in lines if tuple(line) not in source]
-            seen |= {source[tuple(line)] for line in lines}
-    assert seen == set(files)
+@functools.cache
+def documented():
+    """Every command of the README, of the scripts' own docstrings, of make's targets and of results/*.sh."""
+    found = [*commands(TYPED)]
+    for script in SCRIPTS:
+        found += commands(re.sub(r"^(?!    )", "#", script.__doc__, flags=re.M))
+    every = "METHODS=bassl npid simclr moco byol simsiam swav barlow vicreg dino"
+    found += [["make", name, every] for name in ("demo", "cifar10", "cifar100", "tinyimagenet", "imagenet100", "imagenet1k")]
+    found = [call for words in found for call in (dry_run(*words) if words[0] == "make" else [words])]
+    return found + [call for path in sorted((ROOT / "results").glob("*.sh")) for call in recorded(path)]
 
 
-SHORT = ["--dataset", "shapes", "--device", "cpu", "--size", "16", "--arch", "resnet10", "--stem", "imagenet"]
+def taken_apart(words):
+    """(script, flags) of a command; torchrun's own flags are read by torchrun's parser."""
+    if words[0] == "torchrun":
+        args = torch.distributed.run.get_args_parser().parse_args(words[1:])
+        return args.training_script, args.training_script_args
+    return words[1], words[2:]
 
 
-@pytest.mark.parametrize("command", readme_commands())
-def test_a_command_of_the_readme_runs_shortened_by_its_own_flags(command, tmp_path, tiny_backbone, monkeypatch):
-    words = shlex.split(command)
-    if words[0] == "make":
-        done = subprocess.run([*words, "--dry-run", f"PYTHON={sys.executable}"], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0 and done.stdout, done.stderr
-        for line in done.stdout.splitlines():                                            # what make would run is well-formed too
-            if match := re.match(r"\S*python\S* (bassl|npid_distill|aug_study)\.py (.*)", line):
-                module = importlib.import_module(match[1])
-                common.parse(module.Config, "", shlex.split(match[2].split(" > ")[0]))
-        return
-    processes = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if words[0] == "torchrun" else []
-    script, flags = [word for word in words[1:] if word.endswith(".py")][0], words[(3 if processes else 2):]
-    if script == "linear_probe.py" and "--table" in flags:
-        flags = ["--table", tiny_backbone.parent / "results.jsonl"]
-    elif script == "linear_probe.py":
-        there = {"--backbone": tiny_backbone, "--neighbours": tmp_path / "n.png"}
+def test_every_documented_command_is_well_formed():
+    started = sum(any(word.endswith(".py") for word in words) for words in commands(TYPED))
+    assert started == len(re.findall(r"^[^#\n]*(?:python|torchrun) [^#\n]*\b\w+\.py\b", TYPED, re.M))  # none is passed over
+    scripts = set()
+    for words in documented():
+        script, flags = taken_apart(words)
+        scripts.add(script)
+        if script.removesuffix(".py") in BY:
+            parsed(importlib.import_module(script.removesuffix(".py")), *flags)
+        elif script == "linear_probe.py":
+            common.parse(linear_probe.Config, "", flags, shared=object)
+        elif script == "results/tables.py":
+            assert flags[0] in ("--rows", "--check", "--readme", *tables.TABLES), words
+        else:
+            assert script == "tests/bench.py", words
+            bench.parser().parse_args(flags)
+    assert scripts >= {"bassl.py", "npid_distill.py", "aug_study.py", "linear_probe.py", "results/tables.py"}
+
+
+SHORT = "--dataset shapes --size 16 --view 16 --limit 16 --batch 8 --epochs 1 --knn-every 0 --device cpu --no-compile".split()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a tiny run and of its probe."""
+    out = tmp_path_factory.mktemp("tiny") / "run"
+    assert start(SCRIPTS[0], *TINY, "--out", out) == 0
+    (out / "study.jsonl").write_text(json.dumps({"config": vars(parsed(aug_study)), "seed": 0, "probe_top1": 50.0}) + "\n")
+    return out
+
+
+@pytest.mark.parametrize("words", [words for words in commands(TYPED) if "make" not in words[0]], ids=" ".join)
+def test_a_command_of_the_readme_runs_shortened_by_its_own_flags(words, tmp_path, finished, monkeypatch, capsys):
+    script, flags = taken_apart(words)
+    load, few = common.load_images, lambda images: images.subset(torch.arange(len(images))[:40])
+    monkeypatch.setattr(common, "load_images", lambda *args, **options: few(load(*args, **options)))
+    if script == "linear_probe.py":
+        there = {"--backbone": finished / "backbone.pt", "--neighbours": tmp_path / "n.png"}
         flags = [there.get(before, flag) for before, flag in zip(["", *flags], flags)]
-        flags += [*SHORT, "--epochs", "0", "--fraction", "0.02", "--out", tmp_path]
-    elif "--study" in flags:
-        flags += [*SHORT, "--limit", "24", "--batch", "8", "--epochs", "1", "--methods", "simclr", "--augs", "simclr", "--seeds", "0", "--probe-fraction", "0.02",
-                  "--out", tmp_path / "out"]
+        flags += ["--dataset", "shapes", "--size", 16, "--arch", "resnet10", "--stem", "imagenet", "--epochs", 0]
+        flags += ["--no-quick", "--device", "cpu", "--out", tmp_path]
+    elif "--effects" in flags:
+        flags = ["--effects", finished / "study.jsonl"]
     else:
-        flags += [*SHORT, "--limit", "24", "--batch", "8", "--epochs", "1", "--out", tmp_path / "out"]
-    if processes:
-        code, _, stderr = run_script(*processes, script, *flags)
-        assert code == 0, stderr
-    else:  # the file as it is started, in this process, which has imported torch already
-        monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
-        runpy.run_path(str(ROOT / script), run_name="__main__")
+        monkeypatch.setattr(common, "resnet", Small)
+        flags += [*SHORT, "--out", tmp_path / "out", *["--dim", 16] * (script == "npid_distill.py")]
+    monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
+    runpy.run_path(str(ROOT / script), run_name="__main__")  # the file as it is started, in this process
 
 
 def test_the_readmes_ninth_method_trains(tmp_path, monkeypatch):
-    import aug_study
-
-    code = re.search(r"```python\n(def uniform_loss.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
-    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    code = re.search(r"```python\n((?:(?!```).)*def uniform_loss.*?)```", README, re.S)[1]
     monkeypatch.setattr(aug_study, "METHODS", dict(aug_study.METHODS))
-    exec(code, vars(aug_study))
-    aug_study.train(common.parse(aug_study.Config, "", [*TINY, "--methods", "uniform", "--augs", "multicrop", "--size", "32", "--out", str(tmp_path)]))
+    monkeypatch.setattr(common, "resnet", Small)
+    exec(code, dict(vars(aug_study)))
+    cfg = parsed(aug_study, *TINY, "--augs", "multicrop", "--size", 32, "--view", 32, "--out", tmp_path)
+    cfg.methods, = aug_study.METHODS.keys() - {"simclr", "moco", "byol", "simsiam", "swav", "barlow", "vicreg", "dino"}
+    aug_study.train(cfg)
     assert (tmp_path / "backbone.pt").exists()
 
 
-@pytest.fixture(scope="session")
-def tiny_backbone(tmp_path_factory):
-    out = tmp_path_factory.mktemp("tiny") / "run"
-    assert run_script("bassl.py", *TINY, "--out", out)[0] == 0
-    assert run_script("linear_probe.py", "--backbone", out / "backbone.pt", "--size", "16", "--epochs", "0", "--fraction", "0.02", "--device", "cpu")[0] == 0
-    return out / "backbone.pt"
-
-
-def test_make_runs_a_product_once(tmp_path):
-    for name in os.listdir(ROOT):
-        if name.endswith(".py") or name == "Makefile":
-            shutil.copy(ROOT / name, tmp_path)
-    call = ["make", "table", f"PYTHON={sys.executable}", "LIMIT=32", "EPOCHS=1", "BATCH=16", "ARCH=resnet10", "STEM=imagenet", "DEVICE=cpu",
-            "ARGS=--size 16 --knn-every 0", "NPID=--dim 16", "PROBE=--size 16 --epochs 0 --fraction 0.02"]
-    env = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL")}
-    first = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, env=env)
-    assert first.returncode == 0, first.stderr
-    assert "| random" in first.stdout and "knn_top1" in first.stdout and first.stdout.count("| bassl") == 2 and first.stdout.count("| npid_distill") == 1
-    again = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, env=env)
-    assert again.returncode == 0 and ".py" not in again.stdout.replace("linear_probe.py --table", "")
+def test_make_ends_in_a_table_and_does_nothing_new_when_called_again(tmp_path):
+    for path in [*ROOT.glob("*.py"), ROOT / "Makefile", ROOT / "results" / "tables.py"]:
+        (tmp_path / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+        shutil.copy(path, tmp_path / path.relative_to(ROOT))
+    tiny = [flag for flag in TINY if flag not in ("--dataset", "shapes")]
+    call = ["make", "demo", f"PYTHON={sys.executable}", "METHODS=bassl", f"ARGS={shlex.join(tiny)}",
+            "PROBE=--size 16 --device cpu --fraction 0.02 --no-quick"]
+    said = []
+    for _ in range(2):
+        done = subprocess.run(call, cwd=tmp_path, env=ENV, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        files = {path: path.read_bytes() for path in tmp_path.rglob("runs/**/*") if path.name in ("log.jsonl", "results.jsonl")}
+        said.append((files, [line for line in done.stdout.splitlines() if line.startswith("| ")], done.stdout))
+    assert said[0][:2] == said[1][:2] and len(said[0][0]) == 3
+    head, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in said[0][1]]
+    assert "kNN" in head and {row[head.index("method")] for row in rows} == {"bassl", "random"}
+    assert said[0][2].count("nothing left to do") == 0 and said[1][2].count("nothing left to do") == 3

@@ -1,252 +1,253 @@
-"""Augmentation against torchvision's own operators, sample by sample; data; checkpoints."""
-import itertools
+"""Augmentation against torchvision's own, sample by sample; backbones, LARS, checkpoints, neighbours."""
+import math
+import os
+import warnings
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 import torchvision.transforms.v2.functional as TF
-from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import bassl
 import common
-from common import BatchAugment, ImageSet, RunError, UsageError
+from common import BatchAugment, RunError
+from conftest import TINY, Small, parsed, read_log
 
-GREY = 1 / 255
-BATCH = torch.rand(6, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+TINY_ERROR = 0.01 / 255  # a hundredth of a grey level
+BATCH = torch.rand(6, 3, 40, 40, generator=common.seeded("batch"))
+THEIRS = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
 
 
-def column(*values):
-    return torch.tensor(values)[:, None, None, None]
+def photos(n, height, width):
+    return torch.randint(0, 256, (n, 3, height, width), dtype=torch.uint8, generator=common.seeded("photos"))
+
+
+def uniforms(n, columns=common.UNIFORMS):
+    return torch.rand(n, columns, generator=common.seeded("uniforms"))
 
 
 @pytest.mark.parametrize("size", [16, 64], ids=["down", "up"])
 def test_crop_resize_and_flip_equal_torchvision(size):
-    top, left = torch.tensor([0, 3, 10, 39, 0, 7]), torch.tensor([0, 5, 0, 39, 20, 13])
-    height, width = torch.tensor([40, 30, 7, 1, 33, 21]), torch.tensor([40, 11, 40, 1, 20, 22])
-    flip = torch.tensor([False, True, False, True, True, False])
-    got = common.resized_crop(BATCH, top, left, height, width, flip, size)
-    for i in range(6):
-        want = TF.resized_crop(BATCH[i], top[i], left[i], height[i], width[i], [size, size], antialias=True)
-        want = TF.horizontal_flip(want) if flip[i] else want
-        assert (got[i] - want).abs().max() < 0.01 * GREY
+    boxes = [[0, 0, 40, 40], [3, 5, 30, 11], [10, 0, 7, 40], [39, 39, 1, 1], [0, 20, 33, 20], [7, 13, 21, 22]]
+    flip = torch.tensor([False, True] * 3)
+    got = common.resized_crop(BATCH, *torch.tensor(boxes).T, flip, size)
+    for i, box in enumerate(boxes):
+        want = TF.resized_crop(BATCH[i], *box, [size, size], antialias=True)
+        assert (got[i] - (TF.horizontal_flip(want) if flip[i] else want)).abs().max() < TINY_ERROR
 
 
-@pytest.mark.parametrize("ours, theirs, values", [
-    (common.brightness, TF.adjust_brightness, (0.6, 0.9, 1.0, 1.2, 1.4, 0.0)),
-    (common.contrast, TF.adjust_contrast, (0.6, 0.9, 1.0, 1.2, 1.4, 0.0)),
-    (common.saturation, TF.adjust_saturation, (0.6, 0.9, 1.0, 1.2, 1.4, 0.0)),
-    (common.hue, TF.adjust_hue, (-0.5, -0.1, 0.0, 0.03, 0.1, 0.5)),
-], ids=["brightness", "contrast", "saturation", "hue"])
-def test_a_colour_operation_equals_torchvision(ours, theirs, values):
+@pytest.mark.parametrize("what", range(4), ids=["brightness", "contrast", "saturation", "hue"])
+def test_a_colour_operation_equals_torchvision(what):
     batch = BATCH.clone()
-    batch[:, :, 0] = torch.tensor([0.0, 1.0, 0.5, 1.0]).repeat(10)[None, None]           # black, white and grey pixels: no hue
-    batch[:, 0, 1], batch[:, 1, 1], batch[:, 2, 1] = 1.0, 0.0, torch.linspace(0, 1, 40)  # along an edge of the colour cube
-    got = ours(batch, column(*values))
-    for i, value in enumerate(values):
-        assert (got[i] - theirs(batch[i], value)).abs().max() < 0.01 * GREY
-
-
-def test_grayscale_and_solarize_equal_torchvision():
-    torch.testing.assert_close(common.grayscale(BATCH), TF.rgb_to_grayscale(BATCH), atol=0.01 * GREY, rtol=0)
-    on = column(*[True, False] * 3)
-    got = common.solarize(BATCH, on)
-    for i in range(6):
-        assert torch.equal(got[i], TF.solarize(BATCH[i], 0.5) if i % 2 == 0 else BATCH[i])
+    batch[:, :, 0] = torch.tensor([0.0, 1.0, 0.5, 1.0]).repeat(10)    # black, white and grey have no hue
+    batch[:, 0, 1], batch[:, 1, 1] = 1.0, 0.0                         # an edge of the colour cube
+    strength = torch.tensor([-0.5, -0.1, 0.0, 0.03, 0.4, -1.0 if what < 3 else 0.5])
+    got = common.adjust(batch, what, strength[:, None, None, None])
+    for i, s in enumerate(strength.tolist()):
+        assert (got[i] - THEIRS[what](batch[i], s + (what < 3))).abs().max() < TINY_ERROR, s
 
 
 @pytest.mark.parametrize("radius", [1, 4])
-def test_blur_equals_torchvision(radius):
-    sigma, on = torch.tensor([0.1, 0.3, 0.7, 1.0, 1.5, 2.0]), torch.tensor([True, True, False, True, True, True])
-    got = common.gaussian_blur(BATCH, sigma, on, common.blur_basis(radius, 40))
+def test_grayscale_and_blur_equal_torchvision(radius):
+    assert (common.grayscale(BATCH) - TF.rgb_to_grayscale(BATCH)).abs().max() < TINY_ERROR
+    sigma, on = torch.tensor([0.1, 0.3, 0.7, 1.0, 1.5, 2.0]), torch.arange(6) != 2
+    got = common.gaussian_blur(BATCH, sigma[:, None], on[:, None], common.blur_basis(radius, 40))
     for i in range(6):
         want = TF.gaussian_blur(BATCH[i], [2 * radius + 1] * 2, [sigma[i].item()] * 2) if on[i] else BATCH[i]
-        assert (got[i] - want).abs().max() < 0.01 * GREY
+        assert (got[i] - want).abs().max() < TINY_ERROR
 
 
-def test_the_whole_augmentation_equals_torchvision_operator_by_operator():
+def box_by_hand(u, height, width, aspect, scale):
+    """RandomResizedCrop of a photo of height x (aspect width), in pixels of what it is squashed into."""
+    tall, wide = height, aspect * width
+    for share, turn in zip(u[:10].tolist(), u[10:20].tolist()):
+        area = (scale[0] + share * (scale[1] - scale[0])) * tall * wide
+        ratio = math.exp(math.log(3 / 4) + turn * (math.log(4 / 3) - math.log(3 / 4)))
+        h, w = round(math.sqrt(area / ratio) * height / tall), round(math.sqrt(area * ratio) * width / wide)
+        if 0 < h <= height and 0 < w <= width:
+            return int(u[20] * (height - h + 1)), int(u[21] * (width - w + 1)), h, w
+    h, w = min(height, round(wide * 4 / 3)), min(width, round(tall * 4 / 3 * width / wide))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+@pytest.mark.parametrize("aspects", [None, (0.5, 0.75, 1.0, 1.5, 2.5)], ids=["as they are", "squashed"])
+def test_the_whole_augmentation_equals_torchvision_operator_by_operator(aspects):
     """The same uniforms, read here by a loop over samples that knows nothing of batches."""
     augment = BatchAugment(32, blur_p=0.5, solarize_p=0.3)
-    images = torch.randint(0, 256, (32, 3, 48, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    u = torch.rand(32, common.UNIFORMS, generator=torch.Generator().manual_seed(2))
-    order = [2, 0, 3, 1]
-    got = augment.apply(images, u, order) * augment.std + augment.mean
-    boxes = torch.stack(augment.boxes(u[:, :22], 48, 40), 1).int().tolist()
-    for i in range(32):
-        x = TF.resized_crop(images[i].float() / 255, *boxes[i], [32, 32], antialias=True)
+    images, u, order = photos(40, 48, 40 if aspects is None else 48), uniforms(40), [2, 0, 3, 1]
+    aspect = None if aspects is None else torch.tensor(aspects).repeat(8)
+    got = augment.apply(images, u, order, aspect) * augment.std[:, None, None] + augment.mean[:, None, None]
+    for i in range(40):
+        box = box_by_hand(u[i], *images.shape[2:], 1.0 if aspect is None else aspect[i].item(), (0.2, 1.0))
+        x = TF.resized_crop(images[i].float() / 255, *box, [32, 32], antialias=True)
         x = TF.horizontal_flip(x) if u[i, 22] < 0.5 else x
         if u[i, 23] < 0.8:
             for k in order:
-                s = ((2 * u[i, 24 + k] - 1) * augment.jitter[k]).item()
-                x = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue][k](x, s + (k < 3))
+                x = THEIRS[k](x, ((2 * u[i, 24 + k] - 1) * (0.4, 0.4, 0.4, 0.1)[k]).item() + (k < 3))
         x = TF.rgb_to_grayscale(x, 3) if u[i, 28] < 0.2 else x
         x = TF.gaussian_blur(x, [3, 3], [(0.1 + 1.9 * u[i, 30]).item()] * 2) if u[i, 29] < 0.5 else x
         x = TF.solarize(x, 0.5) if u[i, 31] < 0.3 else x
-        # A pixel within rounding of solarize's threshold may fall on either side.
-        far = (got[i] - x).abs() > 0.01 * GREY
-        assert far.float().mean() < 1e-3, i
+        wrong = (got[i] - x).abs() > TINY_ERROR
+        assert wrong.float().mean() < 1e-3, i  # within rounding of solarize's threshold either side is right
 
 
-def test_a_sample_alone_equals_the_same_sample_in_a_batch():
-    augment = BatchAugment(32, blur_p=0.5, solarize_p=0.2)
-    images, u = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8), torch.rand(8, common.UNIFORMS)
-    together = augment.apply(images, u, [3, 1, 0, 2])
+def test_a_sample_alone_equals_the_same_in_a_batch_and_autocast_changes_nothing():
+    augment, order = BatchAugment(32, blur_p=0.5, solarize_p=0.2), [3, 1, 0, 2]
+    images, u, aspect = photos(8, 48, 48), uniforms(8), torch.linspace(0.5, 2, 8)
+    together = augment.apply(images, u, order, aspect)
     for i in range(8):
-        torch.testing.assert_close(augment.apply(images[i:i + 1], u[i:i + 1], [3, 1, 0, 2])[0], together[i], atol=0.01 * GREY, rtol=0)
+        alone = augment.apply(images[i:i + 1], u[i:i + 1], order, aspect[i:i + 1])[0]
+        assert ((alone - together[i]).abs() > 5 * TINY_ERROR).float().mean() < 1e-3, i
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = augment.apply(images, u, order, aspect)
+    assert inside.dtype == torch.float32 and torch.equal(inside, together)
 
 
-def test_crop_boxes_have_the_asked_area_and_ratio_and_stay_inside():
-    u = torch.rand(20_000, 22, generator=torch.Generator().manual_seed(0))
+def test_crop_boxes_are_as_large_as_torchvisions_and_stay_inside():
+    u, draw = uniforms(20_000, 22), torchvision.transforms.RandomResizedCrop.get_params
     top, left, h, w = BatchAugment(32, scale=(0.2, 1.0)).boxes(u, 100, 80)
-    assert (top >= 0).all() and (left >= 0).all() and (top + h <= 100).all() and (left + w <= 80).all() and (h > 0).all() and (w > 0).all()
-    area, ratio = h * w / 8000, w / h
-    assert 0.19 < area.min() and area.max() <= 1 and 0.73 < ratio.min() and ratio.max() < 1.36
-    sides = np.array([[float(v) for v in common_get_params()] for _ in range(3000)])     # torchvision's own draws
-    assert abs(area.mean().item() - (sides[:, 0] * sides[:, 1]).mean() / 8000) < 0.02
-    narrow = BatchAugment(32, scale=(1.0, 1.0)).boxes(u[:4], 100, 10)                    # no proposal fits: the centred fallback
+    assert min(top.min(), left.min()) == 0 and (top + h).max() == 100 and (left + w).max() == 80
+    assert 0.19 < (h * w / 8000).min() and 0.73 < (w / h).min() and (w / h).max() < 1.37
+    theirs = [math.prod(draw(torch.empty(3, 100, 80), [0.2, 1.0], [3 / 4, 4 / 3])[2:]) for _ in range(3000)]
+    assert abs((h * w).mean().item() - np.mean(theirs)) < 0.02 * 8000
+    narrow = BatchAugment(32, scale=(1.0, 1.0)).boxes(u[:4], 100, 10)    # nothing fits: the centred fallback
     assert [v[0].item() for v in narrow] == [43, 0, 13, 10]
 
 
-def common_get_params():
-    from torchvision.transforms import RandomResizedCrop
-    _, _, h, w = RandomResizedCrop.get_params(torch.empty(3, 100, 80), [0.2, 1.0], [3 / 4, 4 / 3])
-    return h, w
-
-
 def test_views_depend_on_the_generator_alone():
-    augment, images = BatchAugment(32), torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-    a, b, c = (augment(images, common.seeded(0, step), views=2) for step in (7, 7, 8))
+    augment, images = BatchAugment(32), photos(4, 32, 32)
+    a, b, c = (augment(images, common.seeded("views", 0, step), views=2) for step in (7, 7, 8))
     assert torch.equal(a, b) and not torch.equal(a, c)
     assert not torch.equal(a[:4], a[4:])
 
 
 def test_augmentation_runs_on_cuda_tensors_without_touching_the_host():
-    """FakeTensorMode stands in for a GPU: a CPU constant among CUDA tensors, `.item()` or a data-dependent branch raises."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    """FakeTensorMode stands in for a GPU: a CPU constant, .item() or a branch on data raises."""
     with FakeTensorMode():
         with torch.device("cuda"):
-            augment, images, uniform = BatchAugment(32, blur_p=0.5, solarize_p=0.5), torch.zeros(8, 3, 40, 40, dtype=torch.uint8), torch.rand(8, common.UNIFORMS)
-        views = augment.apply(images, uniform, [0, 1, 2, 3])
-        assert views.device.type == "cuda" and views.shape == (8, 3, 32, 32)
+            augment, aspect = BatchAugment(32, blur_p=0.5, solarize_p=0.5), torch.ones(8)
+            images, u = torch.zeros(8, 3, 40, 40, dtype=torch.uint8), torch.rand(8, common.UNIFORMS)
+        for views in (augment.apply(images, u, [0, 1, 2, 3], aspect), common.center_view(images, 32, aspect)):
+            assert views.device.type == "cuda" and views.shape == (8, 3, 32, 32)
 
 
 def test_shapes_are_the_same_for_the_same_seed_and_balanced():
-    x, y = common.draw_shapes(200, 3)
-    assert torch.equal(x, common.draw_shapes(200, 3)[0]) and not torch.equal(x, common.draw_shapes(200, 4)[0])
+    draw = common.draw_shapes.__wrapped__                             # conftest keeps what was drawn
+    x, y = draw(200, 3)
+    assert torch.equal(x, draw(200, 3)[0]) and not torch.equal(x, draw(200, 4)[0])
     assert y.bincount().tolist() == [20] * 10 and x.dtype == torch.uint8 and x.shape == (200, 3, 32, 32)
 
 
-def test_backbones_have_torchvisions_keys_and_dim():
-    import torchvision
-    for arch in ("resnet18", "resnet34", "resnet50"):
-        theirs = {k for k in torchvision.models.get_model(arch).state_dict() if not k.startswith("fc.")}
-        for stem in ("cifar", "imagenet"):
-            model = common.resnet(arch, stem)
-            assert set(model.state_dict()) == theirs
+@pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50"])
+def test_backbones_have_torchvisions_keys_and_dim(arch):
+    with torch.device("meta"):
+        theirs = torchvision.models.get_model(arch).state_dict()
+        want = {key: v.shape for key, v in theirs.items() if not key.startswith("fc.")}
+        for stem, side in (("imagenet", 7), ("cifar", 3)):
+            model, want["conv1.weight"] = common.resnet(arch, stem), (64, 3, side, side)
+            assert {key: v.shape for key, v in model.state_dict().items()} == want
             assert model(torch.zeros(2, 3, 64, 64)).shape == (2, model.dim)
-    assert common.resnet("resnet18", "cifar").conv1.stride == (1, 1)
 
 
-def test_lars_equals_its_formula_in_float64():
-    w, b = torch.randn(4, 3, dtype=torch.float64, requires_grad=True), torch.randn(3, dtype=torch.float64, requires_grad=True)
-    want = {"w": w.detach().clone(), "b": b.detach().clone()}
-    momentum = {"w": 0.0, "b": 0.0}
-    optimizer = common.LARS([w, b], lr=0.5, weight_decay=0.1)
-    for _ in range(3):
-        w.grad, b.grad = torch.randn_like(w), torch.randn_like(b)
-        g = w.grad + 0.1 * want["w"]
-        momentum["w"] = 0.9 * momentum["w"] + 0.001 * want["w"].norm() / g.norm() * g
-        momentum["b"] = 0.9 * momentum["b"] + b.grad
-        for name in want:
-            want[name] = want[name] - 0.5 * momentum[name]
+def test_lars_equals_its_formula_and_is_clipped_at_the_global_rate():
+    draw = common.seeded("lars")
+    want = [torch.randn(shape, dtype=torch.float64, generator=draw) for shape in ((4, 3), (3,), ())]
+    ours, momentum = [p.clone().requires_grad_() for p in want], [0.0, 0.0, 0.0]
+    optimizer, clipped = common.LARS(ours, lr=0.0, weight_decay=0.01), []
+    for lr, size in ((0.5, 1.0), (0.5, 1e-3), (0.3, 100.0), (0.3, 1e-4)):    # size of the gradient
+        optimizer.param_groups[0]["lr"] = lr
+        for i, p in enumerate(want):
+            ours[i].grad = step = size * torch.randn(p.shape, dtype=torch.float64, generator=draw)
+            if i == 0:                                                # vectors and scalars: plain SGD
+                local = 0.02 * p.norm() / (step.norm() + 0.01 * p.norm())
+                clipped.append(bool(local > lr))
+                step = (step + 0.01 * p) * min(local.item() / lr, 1)
+            momentum[i] = 0.9 * momentum[i] + step
+            want[i] = p - lr * momentum[i]
         optimizer.step()
-    torch.testing.assert_close(w.detach(), want["w"])
-    torch.testing.assert_close(b.detach(), want["b"])
+        torch.testing.assert_close([p.detach() for p in ours], want)
+    assert clipped == [False, True, False, True]
 
 
 def test_the_schedule_warms_up_to_one_and_ends_at_zero():
     values = [common.cosine(step, 100, 10) for step in range(100)]
     assert values[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
-    assert values[10] == 1 and values[55] == pytest.approx(0.5) and 0 < values[99] < 0.001
-    assert all(a > b for a, b in itertools.pairwise(values[10:]))
+    assert values[10:] == pytest.approx([0.5 * (1 + math.cos(math.pi * i / 90)) for i in range(90)])
+    assert common.cosine(0, 1, 0) == 1
 
 
 def test_spectrum_knows_a_collapse():
-    spread_out = common.spectrum(torch.randn(2000, 16, generator=torch.Generator().manual_seed(0)))
+    draw = common.seeded("spectrum")
+    spread_out = common.spectrum(torch.randn(2000, 16, generator=draw))
     assert spread_out["feature_std"] > 0.95 and spread_out["effective_rank"] > 15
-    point = common.spectrum(torch.ones(100, 16) + 1e-7 * torch.randn(100, 16))
-    assert point["feature_std"] < 0.01
-    line = common.spectrum(torch.randn(500, 1) * torch.ones(1, 16))
-    assert line["effective_rank"] < 1.5
+    assert common.spectrum(1 + 1e-7 * torch.randn(100, 16, generator=draw))["feature_std"] < 0.01
+    assert common.spectrum(torch.randn(500, 1, generator=draw).expand(-1, 16))["effective_rank"] < 1.5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert common.spectrum(torch.ones(1, 16))["feature_std"] == 0
 
 
-def write_png(path, seed=0, mode="RGB", size=(40, 32)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)).convert(mode).save(path)
-
-
-def test_a_tree_of_classes_is_read_with_the_broken_file_named(tmp_path, capsys):
-    for i in range(150):
-        write_png(tmp_path / "train" / "ab"[i % 2] / f"{i:03}.png", seed=i, size=(32, 32))
-    (tmp_path / "train" / "a" / "broken.png").write_bytes(b"\x89PNG not really")
-    (tmp_path / "train" / ".hidden").mkdir()
-    images = common.load_images("folder", str(tmp_path), "train", 32)
-    assert len(images) == 150 and images.classes == ["a", "b"] and images.labels.bincount().tolist() == [75, 75]
-    assert torch.equal(images[0], torch.from_numpy(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)).permute(2, 0, 1))
-    assert "broken.png" in capsys.readouterr().err
-    (tmp_path / "train" / "b" / "too.png").write_bytes(b"")
-    with pytest.raises(RunError, match="2 of 152.*broken.png"):
-        common.load_images("folder", str(tmp_path), "train", 32)
-
-
-def test_a_folder_without_classes_is_pretrainable(tmp_path):
-    for i in range(4):
-        write_png(tmp_path / "own" / "deep" / f"{i}.png", seed=i)
-    assert common.load_images("folder", str(tmp_path / "own" / "deep"), "train", 32).labels.tolist() == [-1] * 4
-
-
-def test_workers_do_not_change_a_batch(tmp_path):
-    for i in range(12):
-        write_png(tmp_path / f"{i}.png", seed=i, size=(50, 70))
-    tree = common.read_tree(tmp_path, 32)
-    assert tree.files is not None
-    order = list(torch.randperm(12, generator=common.seeded(0)).split(4))
-    runs = [[x for x, _ in tree.batches(order, torch.device("cpu"), workers)] for workers in (0, 1, 2)]
-    for a, b, c in zip(*runs):
-        assert torch.equal(a, b) and torch.equal(a, c)
-
-
-def test_a_missing_folder_says_what_was_looked_for(tmp_path):
-    with pytest.raises(UsageError, match="--data"):
-        common.load_images("imagenet1k", str(tmp_path), "train", 224)
-    (tmp_path / "train").mkdir()
-    with pytest.raises(RunError, match="no images"):
-        common.load_images("imagenet1k", str(tmp_path), "train", 224)
-
-
-def test_a_damaged_checkpoint_is_never_read(tmp_path):
-    path = tmp_path / "checkpoint.pt"
-    common.write_checkpoint(path, {"x": torch.arange(100), "n": 1})
-    common.write_checkpoint(path, {"x": torch.arange(100) + 1, "n": 2})
-    assert common.read_checkpoint(path)["n"] == 2 and common.read_checkpoint(path.with_suffix(".previous"))["n"] == 1
-    assert torch.load(path, weights_only=True)["n"] == 2
-    good, rng = path.read_bytes(), np.random.default_rng(0)
+def test_a_damaged_checkpoint_is_never_read_as_something_else(tmp_path):
+    path, rng = tmp_path / "checkpoint.pt", np.random.default_rng(0)
+    for n in (1, 2):
+        with common.replacing(path, keep=True) as file:
+            torch.save({"x": torch.arange(3000) + n, "n": n, "log": ["one", "two"]}, file)
+    state, good = common.read_checkpoint(path), path.read_bytes()
+    assert state["n"] == 2 and common.read_checkpoint(path.with_suffix(".previous"))["n"] == 1
+    path.unlink()  # the tensors of `state` are still mapped from it
     for n in (0, 1, len(good) // 2, len(good) - 1):
         path.write_bytes(good[:n])
-        with pytest.raises(RunError, match="damaged"):
+        with pytest.raises(RunError, match="checkpoint.pt is damaged"):
             common.read_checkpoint(path)
-    for bit in rng.integers(0, 8 * len(good), 50):
+    refused = 0
+    for bit in rng.integers(0, 8 * len(good), 200).tolist():
         flipped = bytearray(good)
         flipped[bit // 8] ^= 1 << (bit % 8)
         path.write_bytes(flipped)
-        with pytest.raises(RunError, match="damaged"):
-            common.read_checkpoint(path)
+        try:
+            same = common.read_checkpoint(path)  # a bit of the padding or of a time stamp
+            assert same.keys() == state.keys() and same["n"] == 2 and same["log"] == ["one", "two"]
+            assert torch.equal(same["x"], state["x"])
+        except RunError:
+            refused += 1
+    assert refused > 180
 
 
-def test_knn_monitor_sees_training_images_only(monkeypatch):
-    asked = []
-    real = common.load_images
-    monkeypatch.setattr(common, "load_images", lambda *a, **k: asked.append(a[2]) or real(*a, **k))
-    cfg = common.parse(common.RunConfig, "", ["--limit", "40", "--batch", "8", "--device", "cpu", "--arch", "resnet10", "--size", "16"], shared=object)
-    run = common.Run(cfg, "test")
-    run.encoder = common.resnet("resnet10", "imagenet")
-    assert 0 <= run.monitor()["knn_top1"] <= 100 and asked == ["train"]
-    assert isinstance(run.images, ImageSet)
+def test_a_checkpoint_with_code_in_it_is_refused_and_not_run(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "sprung"),)
+
+    torch.save({"model": Trap()}, tmp_path / "checkpoint.pt")
+    with pytest.raises(RunError, match="safely"):
+        common.read_checkpoint(tmp_path / "checkpoint.pt")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_knn_equals_a_loop_over_votes():
+    draw = common.seeded("knn")
+    train, test = (torch.randn(n, 5, dtype=torch.float64, generator=draw) for n in (60, 40))
+    labels, truth = (torch.randint(0, 4, (n,), generator=draw) for n in (60, 40))
+    for k in (7, 200):
+        right = 0
+        for x, label in zip(test, truth.tolist()):
+            cosines = [(x @ y / x.norm() / y.norm()).item() for y in train]
+            votes = [0.0] * 4
+            for i in sorted(range(60), key=cosines.__getitem__)[-k:]:
+                votes[labels[i]] += math.exp(cosines[i] / 0.1)
+            right += votes.index(max(votes)) == label
+        assert common.knn(train, labels, 3 * test, truth, k=k) == pytest.approx(100 * right / 40)
+
+
+def test_the_monitor_sees_training_images_alone_and_holds_its_queries_out(monkeypatch, tmp_path):
+    asked, seen, load, features = [], [], common.load_images, common.features
+    monkeypatch.setattr(common, "resnet", Small)
+    monkeypatch.setattr(common, "load_images", lambda *args: asked.append(args[2]) or load(*args))
+    monkeypatch.setattr(common, "features", lambda net, x, *rest: seen.append({*x.rows.tolist()})
+                        or features(net, x, *rest))
+    bassl.train(parsed(bassl, *TINY, "--epochs", 1, "--knn-every", 1, "--out", tmp_path))
+    (query, bank), line = seen, read_log(tmp_path)[-1]
+    assert asked == ["train"] and len(query) == 4 and len(bank) == 44 and not query & bank
+    assert 0 <= line["knn_top1"] <= 100 and line["feature_std"] > 0 and line["effective_rank"] >= 1

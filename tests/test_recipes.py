@@ -1,0 +1,140 @@
+"""What a run does where the user gives no flag: the resolved values against the published ones, looked up again here."""
+import importlib
+
+import pytest
+import torch
+
+import aug_study
+import bassl
+import common
+import npid_distill
+from conftest import BY, TINY, Small, parsed
+from test_cli import documented, taken_apart
+
+# The flags and what they resolve to. `rate`: the effective one, as the source gives it at this batch.
+LIGHTLY = dict(arch="resnet18", view=32, batch=512, epochs=200, limit=0, optimizer="sgd", rate=0.06 * 512 / 128, wd=5e-4,
+               warmup=0)                                             # lightly, CIFAR-10 benchmark (SwAV is with Adam there)
+SOLO = dict(arch="resnet18", view=224, batch=256, epochs=400, limit=0, optimizer="lars", rate=0.3, wd=1e-4,
+            warmup=10)                                               # solo-learn, scripts/pretrain/imagenet-100
+SGD = dict(SOLO, optimizer="sgd")
+QUEUE = dict(queue=65_536, temperature=0.2)
+NPID = dict(arch="resnet18", view=32, batch=512, epochs=200, limit=0, optimizer="sgd", rate=1.0, wd=1e-4, warmup=0, tau=0.2,
+            bank_momentum=0.5, lambda_kl=20, power=0.5, negatives=10_000, dim=2048, cutmix=0.5)  # official run.sh
+IMAGENET = dict(NPID, view=224)                                      # ours: no ImageNet run is in the official code
+CHEN_HE = dict(LIGHTLY, rate=0.03 * 512 / 256)                       # Chen & He 2021, appendix D; lightly: 0.06, not scaled
+PUBLISHED = {
+    "bassl --recipe cifar": dict(LIGHTLY, temperature=0.2),          # temperature: solo-learn's CIFAR; lightly's is 0.5
+    "bassl --recipe cifar --framework moco": dict(LIGHTLY, temperature=0.1, queue=8192, momentum=0.99, momentum_end=0.99),
+    "bassl --recipe cifar --framework byol": dict(LIGHTLY, momentum=0.99, momentum_end=1),
+    "bassl --recipe cifar --framework simsiam": CHEN_HE,
+    "bassl --recipe imagenet": dict(SOLO, temperature=0.2),
+    "bassl --recipe imagenet --framework moco": dict(SGD, **QUEUE, momentum=0.99, momentum_end=0.999),
+    "bassl --recipe imagenet --framework byol": dict(SOLO, rate=0.5, wd=1e-6, momentum=0.99, momentum_end=1),
+    "bassl --recipe imagenet --framework simsiam": dict(SGD, rate=0.5, wd=1e-5),
+    "npid_distill --recipe cifar": NPID,
+    "npid_distill --recipe imagenet": IMAGENET,
+    "npid_distill --recipe imagenet --dataset imagenet1k": dict(IMAGENET, dim=128),  # Wu et al. 2018
+    **{f"aug_study --recipe cifar --methods {name}": LIGHTLY for name in ("byol", "swav", "barlow", "vicreg", "dino")},
+    "aug_study --recipe cifar": dict(LIGHTLY, temperature=0.2),
+    "aug_study --recipe cifar --methods moco": dict(LIGHTLY, temperature=0.1, queue=8192, momentum_end=0.99),
+    "aug_study --recipe cifar --methods simsiam": CHEN_HE,
+    "aug_study --recipe imagenet": dict(SOLO, temperature=0.2),
+    "aug_study --recipe imagenet --methods moco": dict(SGD, **QUEUE, momentum_end=0.999),
+    "aug_study --recipe imagenet --methods byol": dict(SOLO, rate=0.5, wd=1e-6, momentum_end=1),
+    "aug_study --recipe imagenet --methods simsiam": dict(SGD, rate=0.5, wd=1e-5),
+    "aug_study --recipe imagenet --methods barlow": SOLO,
+    "aug_study --recipe imagenet --methods vicreg": SOLO,
+    "aug_study --recipe imagenet --methods swav": dict(SOLO, rate=0.6, wd=1e-6),
+    "aug_study --recipe imagenet --methods dino": dict(SOLO, wd=1e-6),
+}
+
+
+def resolved(line):
+    script, *flags = line.split()
+    cfg = parsed(importlib.import_module(script), *flags)
+    return dict(vars(cfg), rate=cfg.lr * cfg.batch / 256)
+
+
+@pytest.mark.parametrize("line", PUBLISHED)
+def test_a_recipe_has_the_published_values(line):
+    data = "" if "--dataset" in line else " --dataset " + ("cifar10" if "cifar" in line else "imagenet100")
+    found, want = resolved(line + data), PUBLISHED[line]
+    assert {name: found[name] for name in want} == pytest.approx(want) and found["view"] == want["view"]
+
+
+def test_a_flag_that_is_given_beats_every_recipe():
+    own = dict(batch=64, epochs=3, lr=0.25, wd=0.5, warmup=0.5, view=24, arch="resnet34", limit=7)
+    flags = [word for name, value in own.items() for word in (f"--{name}", value)]
+    for script in (bassl, npid_distill, aug_study):
+        for recipe in ("small", "cifar", "imagenet"):
+            cfg = vars(parsed(script, "--dataset", "cifar10", "--recipe", recipe, *flags))
+            assert {name: cfg[name] for name in own} == own and None not in cfg.values()
+
+
+def test_auto_takes_the_small_recipe_on_a_cpu_and_for_shapes_and_else_goes_by_the_pixels(monkeypatch):
+    def recipe(dataset, device, *more):
+        return parsed(bassl, "--dataset", dataset, "--device", device, *more).recipe
+
+    for gpu, device in ((False, "cpu"), (True, "cpu"), (False, "auto"), (True, "auto"), (False, "cuda")):
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: gpu)
+        fast = device == "cuda" or gpu and device == "auto"
+        assert recipe("shapes", device) == "small"
+        assert {recipe(name, device) for name in ("cifar10", "cifar100", "tinyimagenet")} == {"cifar" if fast else "small"}
+        assert {recipe(name, device) for name in ("imagenet100", "imagenet1k", "folder")} == {"imagenet"}
+        assert recipe("folder", device, "--size", 64) == "cifar"
+
+
+def test_an_optimizer_without_a_rate_takes_one_that_was_made_for_it(capsys):
+    adam, lars = (resolved(f"bassl --dataset cifar10 --recipe cifar --optimizer {name}") for name in ("adamw", "lars"))
+    small, large = resolved("bassl --dataset cifar10 --recipe small"), resolved("bassl --dataset imagenet100")
+    for name in ("lr", "wd", "warmup"):
+        assert adam[name] == small[name] and lars[name] == large[name]
+    assert adam["batch"] == lars["batch"] == 512 and adam["arch"] == "resnet18"
+    assert resolved("bassl --dataset imagenet100 --optimizer sgd")["lr"] == 0.12
+    assert resolved("npid_distill --dataset cifar10 --optimizer adamw --lr 0.002")["lr"] == 0.002
+    for line in ("npid_distill --optimizer adamw", "bassl --framework simsiam --optimizer lars",
+                 "bassl --dataset folder --recipe small", "bassl --dataset imagenet100 --recipe small"):
+        with pytest.raises(SystemExit) as end:
+            resolved(line)
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert end.value.code == 2 and ("give --lr" in said or "--recipe small is for" in said)
+
+
+@pytest.mark.parametrize("warmup, steps", [(0, 0), (0.05, 1), (0.1, 2), (10, 2)])
+def test_a_warm_up_is_never_longer_than_a_tenth_of_the_run(warmup, steps, tmp_path):
+    run = common.Run(parsed(bassl, *TINY, "--limit", 320, "--epochs", 1, "--warmup", warmup, "--out", tmp_path), "a")
+    model, rates = Small(), []
+    run.start(model, model)
+    for _ in run.batches():
+        rates.append(run.optimizer.param_groups[0]["lr"])
+        run.optimise(sum(p.sum() for p in model.parameters()) * 0)
+    top = rates.index(max(rates))
+    assert len(rates) == 20 and max(rates) == pytest.approx(run.lr) and top == max(0, steps - 1)
+    assert rates[:top + 1] == pytest.approx([run.lr * (i + 1) / max(1, steps) for i in range(top + 1)])
+    assert all(a > b for a, b in zip(rates[top + 1:], rates[top + 2:])) and rates[-1] < 0.1 * run.lr
+
+
+@pytest.mark.parametrize("script", [bassl, npid_distill, aug_study])
+def test_help_shows_the_recipes(script, capsys):
+    with pytest.raises(SystemExit):
+        parsed(script, "--help")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["recipe", "small", "cifar", "imagenet"] in lines
+    columns = [script.RECIPES[name] for name in ("small", "cifar", "imagenet")]
+    for name in ("lr", "optimizer", "epochs", "batch", "arch"):
+        assert [f"--{name}", *(str(column[name]) for column in columns)] in lines
+    assert all([*key.split()[:1], key.split()[1] + ":"] in [line[:2] for line in lines] for key in script.RECIPES if " " in key)
+
+
+def test_every_documented_command_resolves_and_none_to_plain_sgd_at_a_rate_that_no_recipe_has():
+    """A command for several nodes scales the rate with its batch: beyond SGD's reach it has to name another optimizer."""
+    seen = set()
+    for words in documented():
+        name, flags = taken_apart(words)
+        script = name.removesuffix(".py")
+        if script in BY and "--effects" not in flags:
+            for device in ("cpu", "cuda"):
+                cfg = parsed(importlib.import_module(script), *flags, "--device", device)
+                assert cfg.optimizer != "sgd" or cfg.lr * cfg.batch / 256 <= 1.1, words
+            seen.add(script)
+    assert seen == set(BY)
