@@ -132,7 +132,8 @@ def parse(config_class: type, doc: str, argv: list[str] | None = None, shared: t
 @functools.cache
 def _parser(config_class: type, shared: type) -> tuple[type, argparse.ArgumentParser]:
     args_class = dataclass(type("Args", (config_class, shared), {}))
-    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(usage="%(prog)s [flags]; --help lists them", allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     own = parser.add_argument_group("flags of this script")
     common = parser.add_argument_group("flags of every script")
     hints, comments = typing.get_type_hints(args_class), {}

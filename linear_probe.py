@@ -316,8 +316,9 @@ def probe(cfg: Config) -> dict | None:
     asked |= {"probe_top1"} if cfg.quick else set()
     asked |= {"linear_top1"} if cfg.epochs else set()
     key = {"dataset": cfg.dataset, "backbone": digest[:16], "split": cfg.split, "fraction": cfg.fraction,
-           "probe_seed": cfg.seed, "linear_epochs": cfg.epochs, "size": cfg.size}
-    there = [row for row in rows if all(row.get(name) == value for name, value in key.items())]
+           "probe_seed": cfg.seed, "size": cfg.size}
+    there = [row for row in rows if all(row.get(name) == value for name, value in key.items())
+             and (not cfg.epochs or row["linear_epochs"] in (0, cfg.epochs))]  # this row, or a part of it
     if not cfg.neighbours and there and asked <= there[0].keys():
         common.say(f"nothing left to do: {results} has this probe's row")
         return there[0]
@@ -332,7 +333,8 @@ def probe(cfg: Config) -> dict | None:
     facts = {"method": "random" if cfg.random else pathlib.Path(cfg.backbone).stem, "seed": cfg.seed,
              "variant": "untrained" if cfg.random else "", "device": common.device_name(device),
              "precision": "float32", **made, **run_facts(lines)}
-    row = {**key, **facts, "arch": arch, "stem": stem, "probe_command": made["command"],
+    row = {**key, "linear_epochs": cfg.epochs, **facts, "arch": arch, "stem": stem,
+           "probe_command": made["command"],
            "probe_blobs": made["blobs"]}
 
     def add(metric: str, value: float) -> None:

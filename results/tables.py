@@ -5,8 +5,9 @@
     python results/tables.py --check         # every committed row's scripts are in the history, as they were
     python results/tables.py --readme        # write results/README.md from the committed rows
 
-A line is one run, or runs that differ in the seed alone: mean ± standard deviation. `effect` is the mean of
-the differences to the line it is paired with, seed by seed, with a 95 % interval (Student's t over seeds).
+A line is one run, or runs that differ in the seed alone: mean ± standard deviation. Where the variant is a
+plain method + something, `effect` is the mean of the differences to the plain one, seed by seed, with a 95 %
+interval (Student's t over seeds).
 """
 import json
 import math
@@ -18,11 +19,19 @@ import sys
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
 
-# Name of results/NAME.sh -> title, a sentence, the variant that `effect` is measured against ("" = none).
+# Name of results/NAME.sh, or a data set's make target -> title, one sentence.
 TABLES = {
-    "demo": ("The demo",
-             "`make demo`: the small recipe on `shapes`, one seed; a check that all works, no ranking.",
-             ""),
+    "shapes": ("The demo", "The small recipe on drawn shapes, one seed: a check that all works, no ranking."),
+    "cifar10": ("CIFAR-10 on a laptop", "The small recipe on CIFAR-10, one seed."),
+    "small": ("The small recipe", "SimCLR on views of 16 px through the CIFAR stem, against the small set-up "
+              "before it (32 px, ImageNet stem) in the same minutes."),
+    "methods": ("Methods", "The small recipe as it stands."),
+    "bassl-batch": ("BA-SSL over batch size", "Fusion against the plain framework at equal images."),
+    "bassl-fusion": ("Kinds of fusion", "Real pairs; and unpaired ones, whose loss must stay at chance."),
+    "bassl-plug": ("BA-SSL in front of other frameworks", "Published: up to +1.25 on ImageNet-100."),
+    "npid-terms": ("NPID, term by term", "Each line adds one term to the line above it."),
+    "npid-moco": ("NPID against MoCo v2", "Over shares of the images and over networks."),
+    "study": ("The study", "Its main effects: `python aug_study.py --effects results/study.jsonl`."),
 }
 
 SOLO = "ResNet-18, 1000 epochs, online probe (solo-learn)"
@@ -60,6 +69,12 @@ LINE = ("dataset", "pretrained_on", "method", "variant", "arch", "stem", "view",
 T_975 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]  # Student's t, 97.5 %, by degrees of freedom
 
 
+def fail(text: str) -> None:
+    """One line on stderr, and exit status 2."""
+    print(f"tables.py: error: {text}", file=sys.stderr)
+    raise SystemExit(2)
+
+
 def read_rows(paths: list[pathlib.Path]) -> list[dict]:
     """The rows of .jsonl files; exits with status 2 where one is missing or holds something else."""
     rows = []
@@ -68,7 +83,7 @@ def read_rows(paths: list[pathlib.Path]) -> list[dict]:
             found = [json.loads(line) for line in path.read_text().splitlines()]
             rows += [{**row, "view": row.get("config", {}).get("view")} for row in found if row["dataset"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            sys.exit(f"tables.py: error: {path} holds no result rows ({error})")
+            fail(f"{path} holds no result rows ({error})")
     return rows
 
 
@@ -111,38 +126,46 @@ def markdown(lines: list[dict]) -> str:
     return "\n".join([head, "|" + "|".join("-" * (width + 2) for width in widths) + "|", *body])
 
 
-def table(rows: list[dict], against: str = "", published: bool = True) -> str:
-    """One Markdown table a data set, its published numbers in italics below."""
+def table_line(rows: list[dict]) -> dict[str, str]:
+    """The cells of a line: rows that differ in the seed alone."""
+    row = rows[0]
+    line = {name: row.get(name) for name in ("method", "variant", "images", "epochs", "batch")}
+    line["labels"] = "" if row["fraction"] == 1 else f"{row['fraction']:.0%}"
+    line["network"] = row["arch"] + ("" if row["view"] is None else f", {row['view']} px views")
+    if row["split"] != "test":
+        line["variant"] += f" ({row['split']} split)"
+    if row.get("pretrained_on") not in (None, row["dataset"]):
+        line["variant"] += f" (pretrained on {row['pretrained_on']})"
+    line["seeds"] = " ".join(str(r["seed"]) for r in rows)
+    line["gates"] = " ".join(f"{gate:.3f}" for gate in row.get("gates", []))
+    if row["variant"].startswith("simclr") and "unpaired" in row["variant"]:  # says nothing with a queue
+        line["loss (chance)"] = f"{row['train_loss']:.2f} ({math.log(2 * row['batch'] - 1):.2f})"
+    line |= {name: spread([r.get(metric) for r in rows]) for metric, name in METRICS.items()}
+    line["effect on probe"] = ""
+    line["minutes"] = spread([r.get("minutes") for r in rows])
+    line["images/s"] = spread([r.get("images_per_s") for r in rows], 0)
+    return line
+
+
+def table(rows: list[dict]) -> str:
+    """One Markdown table a data set, the published numbers of its methods in italics below."""
     text = []
+    settings = tuple(key for key in LINE if key not in ("method", "variant")) + ("seed",)
     for (dataset,), part in group(rows, ("dataset",)).items():
-        settings = tuple(key for key in LINE if key not in ("method", "variant"))
-        base = {(*key, row["seed"]): row for key, same in group(part, settings).items()
-                for row in same if row["variant"] == against}
+        plain = {key: same[0] for key, same in group(part, (*settings, "variant")).items()}
         lines = []
-        for key, same in group(part, LINE).items():
-            row = same[0]
-            shown = ("method", "variant", "images", "epochs", "batch", "fraction")
-            line = {name: row.get(name) for name in shown}
-            line["fraction"] = "" if row["fraction"] == 1 else f"{row['fraction']:.0%} of labels"
-            line["network"] = row["arch"] + ("" if row["view"] is None else f", {row['view']} px views")
-            if row["split"] != "test":
-                line["variant"] += f" ({row['split']} split)"
-            if row.get("pretrained_on") not in (None, dataset):
-                line["variant"] += f" (pretrained on {row['pretrained_on']})"
-            line["seeds"] = " ".join(str(r["seed"]) for r in same)
-            line["gates"] = " ".join(f"{gate:.3f}" for gate in row.get("gates", []))
-            if row["variant"].startswith("simclr") and "unpaired" in row["variant"]:  # no use with a queue
-                line["loss (chance)"] = f"{row['train_loss']:.2f} ({math.log(2 * row['batch'] - 1):.2f})"
-            line |= {name: spread([r.get(metric) for r in same]) for metric, name in METRICS.items()}
-            if against and row["variant"] != against:
-                pairs = [(r, base.get((*(r.get(key) for key in settings), r["seed"]))) for r in same]
-                line["effect on probe"] = interval([r["probe_top1"] - b["probe_top1"] for r, b in pairs if b])
-            line["minutes"] = spread([r.get("minutes") for r in same])
-            line["images/s"] = spread([r.get("images_per_s") for r in same], 0)
+        for same in group(part, LINE).values():
+            line, base = table_line(same), same[0]["variant"].split(" + ")[0]
+            if base != same[0]["variant"] and "unpaired" not in same[0]["variant"]:
+                pairs = [(r, plain.get((*(r.get(key) for key in settings), base))) for r in same]
+                pairs = [(r, b) for r, b in pairs if b and {"probe_top1"} <= r.keys() & b.keys()]
+                line["effect on probe"] = interval([r["probe_top1"] - b["probe_top1"] for r, b in pairs])
             lines.append(line)
-        for method, what, metric, value in PUBLISHED.get(dataset, []) * published:
-            line = {"method": method, "variant": f"*published: {what}*", METRICS[metric]: f"*{value:g}*"}
-            lines.append(line)
+        names = {row["method"] for row in part} | {row["variant"].split(" ")[0].rstrip(",") for row in part}
+        for method, what, metric, value in PUBLISHED.get(dataset, []):
+            if method.split(" ")[0] in names:
+                cells = {"variant": f"*published: {what}*", METRICS[metric]: f"*{value:g}*"}
+                lines.append({"method": method, **cells})
         text += [f"**{dataset}**", "", markdown(lines), ""]
     return "\n".join(text)
 
@@ -167,12 +190,12 @@ def write_readme() -> None:
             "command, commit, device and the hashes of the scripts that made it.", "",
             "Reduced runs (fewer images, epochs or pixels than the papers') are compared with each other "
             "alone; published numbers stand in italics for scale.", ""]
-    for name, (title, sentence, against) in TABLES.items():
+    for name, (title, sentence) in TABLES.items():
         path = HERE / f"{name}.jsonl"
         if path.exists():
             rows = read_rows([path])
             text += [f"## {title}", "", sentence, ""]
-            text += [f"`make {name}`; {rows[-1]['device']}.", "", table(rows, against)]
+            text += [f"`make {name}`; {rows[-1]['device']}.", "", table(rows)]
     for path in sorted((HERE / "bench").glob("*.jsonl")):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         hidden = ("sha", "torch", "command", "device", "precision", "blobs")
@@ -197,11 +220,11 @@ def main(argv: list[str]) -> None:
         paths = sorted(pathlib.Path("runs", argv[0]).glob("**/results.jsonl"))
         rows = [line for path in paths for line in path.read_text().splitlines()]
         if not rows:
-            sys.exit(f"tables.py: error: no results.jsonl below runs/{argv[0]}")
+            fail(f"no results.jsonl below runs/{argv[0]}")
         (HERE / f"{argv[0]}.jsonl").write_text("\n".join(rows) + "\n")
-        print(table(read_rows([HERE / f"{argv[0]}.jsonl"]), TABLES[argv[0]][2]))
+        print(table(read_rows([HERE / f"{argv[0]}.jsonl"])))
     else:
-        sys.exit(f"{__doc__}\nNAME is one of {', '.join(TABLES)}")
+        fail(f"want NAME, --rows FILE..., --check or --readme; NAME is one of {', '.join(TABLES)}")
 
 
 if __name__ == "__main__":

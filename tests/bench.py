@@ -3,13 +3,13 @@
     python tests/bench.py                                         # the recipe of this machine, every method
     python tests/bench.py --methods simclr npid --recipe cifar --out results/bench/steps.jsonl
     python tests/bench.py --methods study                         # aug_study's eight
-    python tests/bench.py --photos DIR                            # images/s of decoding, of the map, of augmentation
+    python tests/bench.py --photos DIR                            # images/s of decoding, map, augmentation
 
 step: a step of the real training loop, all between two updates included, on images of `shapes`.
-floor: forward and backward of the same network on as many resident random views at the same precision, and the
-target network's forward where there is one; no loss, fusion, bank or optimizer. Steps and floors take turns, so that
-a machine's drift cancels (ten of each on a GPU, which are waited for at their end alone); the ratio is the median
-over neighbours. The split is of a second pass that waits for the device around every part.
+floor: forward and backward of the same network on as many resident random views at the same precision, and
+the target network's forward where there is one; no loss, fusion, bank or optimizer. Steps and floors take
+turns, so that a machine's drift cancels (ten of each on a GPU, with a wait at their end alone); the ratio is
+the median over neighbours. The split is of a second pass that waits for the device around every part.
 """
 import argparse
 import collections
@@ -32,13 +32,13 @@ import common  # noqa: E402
 import npid_distill  # noqa: E402
 
 METHODS = {  # name -> script and flags
-    "simclr": ("bassl", "--layers 0"), "bassl": ("bassl", ""), "moco": ("bassl", "--layers 0 --framework moco"),
-    "byol": ("bassl", "--layers 0 --framework byol"), "simsiam": ("bassl", "--layers 0 --framework simsiam"),
-    "npid": ("npid_distill", ""), "npid-ema": ("npid_distill", "--update ema"),
+    "bassl": ("bassl", ""), "npid": ("npid_distill", ""), "npid-ema": ("npid_distill", "--update ema"),
+    **{name: ("bassl", f"--layers 0 --framework {name}") for name in ("simclr", "moco", "byol", "simsiam")},
 }
 STUDY = {f"study-{name}": ("aug_study", f"--methods {name}") for name in aug_study.METHODS}
 BY = {"bassl": "framework", "npid_distill": "update", "aug_study": "methods"}
-LOSSES = ["nt_xent", "info_nce", "cosine_loss", "barlow_loss", "vicreg_loss", "swav_loss", "dino_loss", "instance_ce", "sqrt_kl"]
+LOSSES = ["nt_xent", "info_nce", "cosine_loss", "barlow_loss", "vicreg_loss", "swav_loss", "dino_loss",
+          "instance_ce", "sqrt_kl"]
 
 
 class Done(BaseException):
@@ -74,15 +74,15 @@ def trained(run: common.Run) -> torch.nn.Module:
 def floor(run: common.Run):
     """A function that does the network's part of a step alone."""
     model = online = trained(run)
-    target, sizes = getattr(model, "target", None), {run.view: 1 if run.method == "npid_distill" else 2}
+    target, sizes = getattr(model, "target", None), [(run.view, 1 if run.method == "npid_distill" else 2)]
     if run.method != "npid_distill":
-        parts = [getattr(model, part) for part in ("encoder", "projector", "predictor") if hasattr(model, part)]
-        online = torch.nn.Sequential(*parts)
+        parts = [getattr(model, part, None) for part in ("encoder", "projector", "predictor")]
+        online = torch.nn.Sequential(*filter(None, parts))
     if run.method == "aug_study":
         views = aug_study.AUGMENTATIONS[run.cfg.augs or aug_study.METHODS[run.cfg.methods].aug]
-        sizes |= {aug_study.local_size(run.view): views.locals} if views.locals else {}
-    inputs = [torch.randn(count * run.batch, 3, size, size, device=run.device).contiguous(memory_format=torch.channels_last)
-              for size, count in sizes.items()]
+        sizes += [(aug_study.local_size(run.view), views.locals)] if views.locals else []
+    inputs = [torch.randn(count * run.batch, 3, size, size, device=run.device) for size, count in sizes]
+    inputs = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
 
     def one_step():
         with run.autocast():
@@ -130,13 +130,12 @@ def split(name: str, flags: list[str], count: int) -> dict[str, float]:
         def wrapper(*args, **options):
             began = wait(device)
             inner.append(0.0)
-            try:
-                return function(*args, **options)
-            finally:
-                spent = wait(device) - began
-                seconds[part] += spent - inner.pop()
-                if inner:
-                    inner[-1] += spent
+            result = function(*args, **options)
+            spent = wait(device) - began
+            seconds[part] += spent - inner.pop()
+            if inner:
+                inner[-1] += spent
+            return result
         return wrapper
 
     def start(run, *modules, start=common.Run.start):
@@ -161,18 +160,16 @@ def split(name: str, flags: list[str], count: int) -> dict[str, float]:
     targets = [("augmentation", common.BatchAugment, "forward"), ("network", torch.Tensor, "backward")]
     targets += [("loss", script, loss) for loss in LOSSES if hasattr(script, loss)]
     if script is npid_distill:
-        targets += [("augmentation", script, "cutmix"), *(("bank", script.MemoryBank, do) for do in ("in_play", "update"))]
+        targets += [("augmentation", script, "cutmix"), ("bank", script.MemoryBank, "in_play")]
+        targets += [("bank", script.MemoryBank, "update")]
     elif script.__name__ == "bassl":
         targets.append(("fusion", script, "fuse_views"))
-    patches = [mock.patch.object(owner, key, timed(part, getattr(owner, key))) for part, owner, key in targets]
-    patches += [mock.patch.object(common.Run, "start", start), mock.patch.object(common.ImageSet, "batches", batches)]
-    for patch in patches:
-        patch.start()
-    try:
+    with contextlib.ExitStack() as patches:
+        for part, owner, key in targets:
+            patches.enter_context(mock.patch.object(owner, key, timed(part, getattr(owner, key))))
+        patches.enter_context(mock.patch.object(common.Run, "start", start))
+        patches.enter_context(mock.patch.object(common.ImageSet, "batches", batches))
         train_until(name, flags, after)
-    finally:
-        for patch in patches:
-            patch.stop()
     seconds["rest"] = state["whole"] - sum(seconds.values())
     return {f"{part} %": round(100 * spent / state["whole"], 1) for part, spent in seconds.most_common()}
 
@@ -181,10 +178,11 @@ def bench_method(name: str, flags: list[str], count: int) -> dict:
     run, steps, floors = step_and_floor(name, flags, count)
     ratio = statistics.median(least / step for step, least in zip(steps, floors))
     step, least = statistics.median(steps), statistics.median(floors)
-    return {"method": name, "network": f"{run.cfg.arch}, {run.stem} stem, {run.view} px", "batch": run.cfg.batch,
-            "images_per_s": round(run.cfg.batch / step, 1), "step_ms": round(1e3 * step, 2), "floor_ms": round(1e3 * least, 2),
-            "floor/step": round(ratio, 3), **split(name, flags, count), "device": common.device_name(run.device),
-            "precision": str(run.dtype).removeprefix("torch.")}
+    network = f"{run.cfg.arch}, {run.stem} stem, {run.view} px"
+    return {"method": name, "network": network, "batch": run.cfg.batch,
+            "images_per_s": round(run.cfg.batch / step, 1), "step_ms": round(1e3 * step, 2),
+            "floor_ms": round(1e3 * least, 2), "floor/step": round(ratio, 3), **split(name, flags, count),
+            "device": common.device_name(run.device), "precision": str(run.dtype).removeprefix("torch.")}
 
 
 def bench_photos(folder: str, batch: int, device: torch.device) -> list[dict]:
@@ -195,16 +193,17 @@ def bench_photos(folder: str, batch: int, device: torch.device) -> list[dict]:
     def stage(name, count, function):
         began = wait(device)
         result = function()
-        rate = round(count / (wait(device) - began), 1)
-        rows.append({"stage": name, "images_per_s": rate, "device": common.device_name(device), "precision": "float32"})
+        rows.append({"stage": name, "images_per_s": round(count / (wait(device) - began), 1),
+                     "device": common.device_name(device), "precision": "float32"})
         return result
 
-    stage("decode, one thread", len(files[:100]), lambda: [common.decode(file, stored) for file, _ in files[:100]])
+    some = files[:100]
+    stage("decode, one thread", len(some), lambda: [common.decode(file, stored) for file, _ in some])
     with tempfile.TemporaryDirectory() as cache:
         args = (files, classes, stored, pathlib.Path(cache) / "photos", 0)
         photos = stage("decode into the map, a thread a core", len(files), lambda: common.decoded(*args))
         order = [index % len(photos) for index in torch.arange(batch * 8).split(batch)]
-        stage("read the map", 8 * batch, lambda: [x for x in photos.batches(order, torch.device("cpu"))])
+        stage("read the map", 8 * batch, lambda: [*photos.batches(order, torch.device("cpu"))])
         x = next(photos.batches(order, device))[0]
         augment(x)
         stage("augment, one view", 4 * batch, lambda: [augment(x) for _ in range(4)])
@@ -213,11 +212,12 @@ def bench_photos(folder: str, batch: int, device: torch.device) -> list[dict]:
 
 def parser() -> argparse.ArgumentParser:
     it = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    it.add_argument("--methods", nargs="+", choices=[*METHODS, *STUDY, "study"], default=[*METHODS], metavar="NAME")
+    it.add_argument("--methods", nargs="+", choices=[*METHODS, *STUDY, "study"], default=[*METHODS],
+                    metavar="NAME", help=", ".join([*METHODS, *STUDY, "study (these eight)"]))
     it.add_argument("--recipe", choices=["auto", "small", "cifar"], default="auto")
     it.add_argument("--batch", type=int, default=0, help="0 = the recipe's")
     it.add_argument("--steps", type=int, default=10, help="pairs of step and floor; on a GPU tens of them")
-    it.add_argument("--photos", default="", metavar="DIR", help="a folder of photos: stages in place of steps")
+    it.add_argument("--photos", default="", metavar="DIR", help="photos: stages in place of steps")
     it.add_argument("--out", default="", metavar="FILE", help="append the rows to this .jsonl file")
     return it
 

@@ -18,9 +18,12 @@ import signal
 import sys
 
 import torch
+import torch._dynamo  # else every attempt imports these two anew
+import torch.utils.flop_counter  # noqa: F401
 
 from conftest import Small, common, parsed
 
+common.open = open  # a trap can take its place
 
 class Torn:
     """A file that stops half way through every write."""

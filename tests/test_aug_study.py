@@ -55,7 +55,7 @@ def test_a_method_that_stands_in_two_files_has_one_recipe_one_loss_and_one_gradi
     cfg = parsed(aug_study, "--methods", name)
     torch.manual_seed(0)
     other = Template(Small(), METHODS[name], cfg.temperature, cfg.queue, cfg.momentum_end)
-    for progress in (0.0, 0.5):                                        # the second meets a moved queue and target
+    for progress in (0.0, 0.5):  # the second meets a queue and a target that have moved
         views = torch.randn(8, 3, 8, 8)
         losses = one(*views.chunk(2)), other(views)
         torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-6)
@@ -124,8 +124,9 @@ def test_dinos_centre_moves_by_its_rate():
     torch.testing.assert_close(model.center, 0.1 * model.keys.mean(0, keepdim=True))
 
 
-SWITCHED = [*((name, "default", "default") for name in METHODS), ("simclr", "on", "default"), ("barlow", "on", "on"),
-            ("simclr", "default", "on"), ("moco", "on", "off"), ("byol", "off", "off")]
+SWITCHED = [("simclr", "on", "default"), ("simclr", "default", "on"), ("barlow", "on", "on"),
+            ("moco", "on", "off"), ("byol", "off", "off")]
+SWITCHED += [(name, "default", "default") for name in METHODS]
 
 
 @pytest.mark.parametrize("name, predictor, momentum", SWITCHED)
@@ -189,7 +190,7 @@ def test_views_are_blurred_above_64_pixels_alone_and_local_ones_have_swavs_share
         views = aug_study.make_augments("byol", size, 64)
         return [augment(image, common.seeded(0))[:, 0].diff(dim=2).abs().mean() for augment in views[:2]]
     (first, second), (still, _) = roughness(65), roughness(64)
-    assert first < 0.6 * second and first < 0.6 * still                # all of the first, a tenth of the second
+    assert first < 0.6 * second and first < 0.6 * still  # all of the first, a tenth of the second
     for aug in AUGMENTATIONS:
         assert not any(augment.blur_p for augment in aug_study.make_augments(aug, 64, 64))
     for view, size in ((16, 10), (32, 14), (224, 96)):
@@ -212,12 +213,12 @@ def test_no_method_collapses_in_sixty_steps(name, tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "alignment", alignment)
     monkeypatch.setattr(common, "resnet", Narrow)
     monkeypatch.setattr(aug_study, "mlp", lambda widths, *norm: mlp([min(w, 256) for w in widths], *norm))
-    flags = "--limit 640 --batch 64 --epochs 6 --knn-every 6 --optimizer adamw --lr 0.008 --augs simclr".split()
-    cfg = parsed(aug_study, *TINY, *flags, "--out", tmp_path)
+    flags = "--limit 640 --batch 64 --epochs 6 --knn-every 6 --optimizer adamw --lr 0.008 --augs simclr --out"
+    cfg = parsed(aug_study, *TINY, *flags.split(), tmp_path)
     cfg.methods = name
     aug_study.train(cfg)
-    last = read_log(tmp_path)[-1]
-    assert last["effective_rank"] < 12 if name == "alignment" else last["effective_rank"] > 15, last
+    rank = read_log(tmp_path)[-1]["effective_rank"]  # 16 to 28, and 9 to 10, over four seeds
+    assert (rank > 13) == (name != "alignment"), rank
 
 
 @pytest.mark.parametrize("name", ["moco", "dino"])
@@ -242,7 +243,7 @@ def test_effects_of_a_grid_with_known_effects_come_out_exact():
     rows = {row["factor"]: row for row in effects(grid())}
     want = {"BYOL's augmentations over SimCLR's": 2, "multi-crop over SimCLR's augmentations": -1.5,
             "momentum target on": 0.75, "larger backbone: resnet18 over resnet10": 3,
-            "byol over simclr": 4.75}                                  # as they come: one has a momentum target
+            "byol over simclr": 4.75}  # as they come: one has a momentum target
     assert rows.keys() == want.keys()                                  # none differ in the predictor alone
     for factor, effect in want.items():
         assert rows[factor]["per_seed"] == pytest.approx([effect, effect])

@@ -1,89 +1,118 @@
-"""The probe: protocols against independent computations, backbones that do not fit, rows and tables."""
+"""The probe: protocols against independent computations, backbones that do not fit, and the row."""
 import json
+import subprocess
 
 import pytest
 import torch
 import torchvision
 
+import aug_study
+import bassl
 import common
 import linear_probe
+import npid_distill
 from common import RunError, UsageError
-from conftest import ROOT, read_log, run_script
-
-PROBE = ["--dataset", "shapes", "--size", "16", "--epochs", "0", "--device", "cpu", "--fraction", "0.05"]
+from conftest import ROOT, TINY, parsed
 
 
-def test_knn_equals_a_loop_over_votes():
-    generator = torch.Generator().manual_seed(0)
-    train, test = torch.randn(50, 8, generator=generator), torch.randn(30, 8, generator=generator)
-    train_y, test_y = torch.randint(0, 4, (50,), generator=generator), torch.randint(0, 4, (30,), generator=generator)
-    right = 0
-    for x, y in zip(test, test_y):
-        cos = [torch.cosine_similarity(x, row, dim=0).item() for row in train]
-        votes = [0.0] * 4
-        for i in sorted(range(50), key=lambda i: -cos[i])[:7]:
-            votes[train_y[i]] += torch.tensor(cos[i] / 0.1).exp().item()
-        right += votes.index(max(votes)) == y
-    assert linear_probe.knn(train, train_y, test, test_y, k=7) == pytest.approx(100 * right / 30)
-    assert linear_probe.knn(train, train_y, train, train_y, k=1) == 100
+def probe(*flags):
+    return linear_probe.probe(common.parse(linear_probe.Config, "", [*map(str, flags)], shared=object))
 
 
-def test_the_quick_probe_separates_what_is_separable_and_guesses_what_is_noise():
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Sets of 60 images, so that a probe takes no time; the list of the splits that were asked for."""
+    asked, load = [], common.load_images
+
+    def images(*args, split, **options):
+        asked.append(split)
+        return load(*args, split=split, **options, limit=60)
+
+    monkeypatch.setattr(common, "load_images", images)
+    return asked
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """The folder of a finished run."""
+    out = tmp_path_factory.mktemp("probe") / "run"
+    bassl.train(parsed(bassl, *TINY, "--epochs", 1, "--seed", 3, "--out", out))
+    return out
+
+
+@pytest.fixture
+def backbone(pretrained, tmp_path):
+    """That folder's backbone and log, in a folder of the test's own."""
+    for name in ("backbone.pt", "log.jsonl"):
+        (tmp_path / name).write_bytes((pretrained / name).read_bytes())
+    return tmp_path / "backbone.pt"
+
+
+# ---------------------------------------------------------------------------------------------- protocols
+
+
+def test_the_quick_probe_separates_what_is_separable_guesses_noise_and_standardises_in_place():
     generator = torch.Generator().manual_seed(0)
     y = torch.arange(600) % 3
-    x = torch.randn(600, 20, generator=generator) + 6 * torch.eye(3, 20)[y]
-    assert linear_probe.quick_probe(x[:400], y[:400], x[400:], y[400:], 3) > 98
+    x = 7 + 5 * (torch.randn(600, 20, generator=generator) + 6 * torch.eye(3, 20)[y])
+    train, test = x[:400], x[400:].clone()
+    assert linear_probe.quick_probe(train, y[:400], test, y[400:], 3) > 98
+    torch.testing.assert_close(train.mean(0), torch.zeros(20), atol=1e-4, rtol=0)  # no copy was made
+    torch.testing.assert_close(train.std(0), torch.ones(20))
     noise = torch.randn(600, 20, generator=generator)
     assert linear_probe.quick_probe(noise[:400], y[:400], noise[400:], y[400:], 3) < 50
 
 
-def test_the_logistic_fit_is_at_a_stationary_point_of_its_objective():
+def test_the_logistic_fit_is_at_a_stationary_point_of_its_objective_whatever_the_blocks():
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(200, 5, generator=generator), torch.randint(0, 3, (200,), generator=generator)
-    head = linear_probe.fit_logistic(x, y, 3, 0.1)
-    p = (x @ head.weight.T + head.bias).softmax(1).detach()
-    gradient = (p - torch.eye(3)[y]).T @ x / 200 + 0.1 * head.weight                    # by hand, without autograd
-    assert gradient.abs().max() < 1e-4
+    for block in (200, 64, 7):
+        head = linear_probe.fit_logistic(x, y, 3, 0.1, block)
+        p = (x @ head.weight.T + head.bias).softmax(1).detach()
+        gradient = (p - torch.eye(3)[y]).T @ x / 200 + 0.1 * head.weight  # by hand, without autograd
+        assert gradient.abs().max() < 1e-4 and (p - torch.eye(3)[y]).mean(0).abs().max() < 1e-4
 
 
 def test_a_label_fraction_keeps_every_class():
-    images = common.ImageSet(torch.arange(1000) % 10, [str(i) for i in range(10)], torch.zeros(1000, 3, 2, 2, dtype=torch.uint8))
+    pixels, labels = torch.zeros(1000, 3, 2, 2, dtype=torch.uint8), torch.arange(1000) % 10
+    images = common.ImageSet(pixels, labels, list("abcdefghij"))
     assert linear_probe.label_fraction(images, 0.1, 0).labels.bincount().tolist() == [10] * 10
     assert linear_probe.label_fraction(images, 0.0001, 0).labels.bincount().tolist() == [1] * 10
+    first, again, other = (linear_probe.label_fraction(images, 0.1, seed).rows for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory):
-    """A backbone file as a run writes it."""
-    path = tmp_path_factory.mktemp("backbone") / "backbone.pt"
-    torch.manual_seed(0)
-    state = common.resnet("resnet10", "cifar").state_dict()
-    common.write_checkpoint(path, {**state, "arch": "resnet10", "stem": "cifar"})
-    return path
+# ---------------------------------------------------------------------------------------------- backbones
 
 
-def test_wrong_backbones_are_refused_by_name(backbone, tmp_path):
-    with pytest.raises(UsageError, match="arch resnet10, not resnet18"):
-        linear_probe.load_backbone(str(backbone), arch="resnet18")
-    with pytest.raises(UsageError, match="stem cifar, not imagenet"):
-        linear_probe.load_backbone(str(backbone), stem="imagenet")
-    with pytest.raises(UsageError, match="no such file"):
-        linear_probe.load_backbone(str(tmp_path / "none.pt"))
-    state = {k: v for k, v in torch.load(backbone, weights_only=True).items() if k not in ("arch", "stem")}
-    bare = tmp_path / "bare.pt"
-    for change, words in (({}, "missing layer1.1.conv1.weight"),                         # taken for a resnet18
-                          ({"head.weight": torch.zeros(1)}, "unexpected head.weight|missing")):
-        torch.save({**state, **change}, bare)
+def test_wrong_backbones_are_refused_by_name_and_code_in_them_is_not_run(backbone, tmp_path):
+    path = str(tmp_path / "other.pt")
+    state = torch.load(backbone, weights_only=True)
+    bare = {key: value for key, value in state.items() if key not in ("arch", "stem")}
+    for held, options, words in [
+        (state, dict(arch="resnet18"), "arch resnet10, not resnet18"),
+        (state, dict(stem="cifar"), "stem imagenet, not cifar"),
+        (bare, {}, "missing layer1.1.conv1.weight"),  # taken for a resnet18
+        ({**bare, "head.weight": torch.zeros(1)}, dict(arch="resnet10"), "unexpected head.weight"),
+        ({k: v for k, v in bare.items() if "bn1.running_var" != k}, dict(arch="resnet10"), "bn1.running_var"),
+        (bare, dict(arch="resnet10", stem="cifar"), "imagenet stem .*, not cifar"), ([1], {}, "holds a list"),
+    ]:
+        torch.save(held, path)
         with pytest.raises(UsageError, match=words):
-            linear_probe.load_backbone(str(bare))
-    torch.save({k: v for k, v in state.items() if k != "bn1.running_var"}, bare)
-    with pytest.raises(UsageError, match="missing bn1.running_var"):
-        linear_probe.load_backbone(str(bare), arch="resnet10")
-    with pytest.raises(UsageError, match="cifar stem .*not imagenet"):
-        linear_probe.load_backbone(str(bare), arch="resnet10", stem="imagenet")
-    bare.write_bytes(b"not a checkpoint at all")
+            linear_probe.load_backbone(path, **options)
+
+    class Evil:
+        def __reduce__(self):
+            return open, (str(tmp_path / "ran"), "w")
+
+    torch.save({"conv1.weight": Evil()}, path)
     with pytest.raises(RunError, match="safely"):
-        linear_probe.load_backbone(str(bare))
+        linear_probe.load_backbone(path)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_torchvisions_own_state_dict_is_read_without_its_classifier(tmp_path):
@@ -96,61 +125,83 @@ def test_torchvisions_own_state_dict_is_read_without_its_classifier(tmp_path):
     torch.testing.assert_close(encoder.eval()(x), model.eval()(x))
 
 
-def test_a_pickle_with_code_in_it_is_refused_and_not_run(tmp_path):
-    trace = tmp_path / "ran"
-
-    class Evil:
-        def __reduce__(self):
-            return open, (str(trace), "w")
-
-    torch.save({"conv1.weight": Evil()}, tmp_path / "evil.pt")
-    status, _, err = run_script("linear_probe.py", "--backbone", tmp_path / "evil.pt", *PROBE)
-    assert status == 1 and "safely" in err and "Traceback" not in err and not trace.exists()
+# ---------------------------------------------------------------------------------------------- the row
 
 
-def test_the_backbone_is_bit_identical_after_every_protocol(backbone, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(linear_probe, "fingerprint", lambda m, f=linear_probe.fingerprint: seen.append((f(m), m.training)) or seen[-1][0])
-    cfg = common.parse(linear_probe.Config, "", [*PROBE, "--fraction", "0.02", "--epochs", "1", "--backbone", str(backbone), "--out", str(tmp_path)], shared=object)
-    row = linear_probe.probe(cfg)
-    assert seen[0] == seen[1] and set(linear_probe.METRICS) <= set(row)
-    training = common.resnet("resnet10", "cifar")
-    before = linear_probe.fingerprint(training)
-    training.train()(torch.randn(4, 3, 16, 16))                                          # a forward pass in train mode moves BN buffers
-    assert linear_probe.fingerprint(training) != before
+def test_a_backbone_is_a_whole_command_and_a_second_call_does_nothing(backbone, few, monkeypatch, capsys):
+    row = probe("--backbone", backbone)
+    assert "no linear_top1" in capsys.readouterr().out and rows_of(backbone.parent) == [row]
+    want = dict(dataset="shapes", method="bassl", arch="resnet10", stem="imagenet", size=16, seed=3)
+    want |= dict(probe_seed=3, epochs=1, batch=16, images=48, fraction=1.0, split="test", recipe="small")
+    assert {key: row[key] for key in want} == want and "linear_top1" not in row
+    assert all(0 <= row[name] <= 100 for name in ("knn_top1", "knn20_top1", "probe_top1"))
+    for name, blob in {**row["blobs"], **row["probe_blobs"]}.items():
+        assert blob == subprocess.check_output(["git", "hash-object", name], cwd=ROOT, text=True).strip()
+    assert {"bassl.py", "common.py"} <= row["blobs"].keys() and "linear_probe.py" in row["probe_blobs"]
+    monkeypatch.setattr(linear_probe, "load_splits", None)
+    assert probe("--backbone", backbone) == row and "nothing left to do" in capsys.readouterr().out
 
 
-def test_a_run_and_its_probe_make_a_row_and_the_row_a_table(tiny_run, tmp_path):
-    out = tiny_run("bassl.py", "--knn-every", "1")
-    status, stdout, err = run_script("linear_probe.py", "--backbone", out / "backbone.pt", *PROBE)
-    assert status == 0, err
-    row = json.loads((out / "results.jsonl").read_text())
-    assert {"dataset", "method", "variant", "arch", "epochs", "batch", "seed", "minutes", "images_per_s", "device", "precision", "sha", "command",
-            "knn_top1", "knn20_top1", "probe_top1"} <= set(row)
-    assert row["method"] == "bassl" and row["epochs"] == 2 and row["images"] == 48 and "bassl.py" in row["command"]
-    status, stdout, err = run_script("linear_probe.py", "--random", "--arch", "resnet10", *PROBE, "--out", tmp_path / "random")
-    assert status == 0, err
-    status, stdout, err = run_script("linear_probe.py", "--table", out / "results.jsonl", tmp_path / "random" / "results.jsonl")
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in stdout.splitlines() if line.startswith("|")]
-    head, body = lines[0], lines[2:]
-    assert [line[head.index("method")] for line in body] == ["bassl", "random"]
-    assert float(body[0][head.index("knn_top1")]) == row["knn_top1"]
-    assert read_log(out)[0]["method"] == "bassl"
+def test_the_sgd_probe_comes_back_with_epochs_and_the_backbone_stays_as_it_was(backbone, few, monkeypatch):
+    prints, real = [], linear_probe.fingerprint
+    monkeypatch.setattr(linear_probe, "fingerprint", lambda module: prints.append(real(module)) or prints[-1])
+    row = probe("--backbone", backbone, "--epochs", 1, "--no-quick")
+    assert "linear_top1" in row and "probe_top1" not in row and len({*prints}) == 1 and len(prints) == 4
+    training = common.resnet("resnet10", "imagenet")
+    before = real(training)
+    training.train()(torch.randn(2, 3, 32, 32))  # BN's buffers move, and a fingerprint sees it
+    assert real(training) != before
 
 
-def test_tables_average_seeds_and_join_the_control_runs():
-    base = {"dataset": "shapes", "method": "bassl", "variant": "simclr + fusion (one)", "arch": "resnet10", "stem": "imagenet", "images": 100,
-            "epochs": 2, "batch": 64, "fraction": 1.0, "pretrained_on": "shapes", "minutes": 1.0, "images_per_s": 10, "gates": [0.25], "train_loss": 3.0}
-    rows = [{**base, "seed": 0, "knn_top1": 40.0}, {**base, "seed": 1, "knn_top1": 50.0},
-            {**base, "seed": 0, "variant": base["variant"] + ", unpaired", "knn_top1": 10.0, "train_loss": 4.84}]
-    text = linear_probe.tables(rows)
-    assert "45.00 ± 7.07" in text and "4.84 (4.84), gate 0.25" in text and "0.250" in text and text.count("simclr + fusion") == 1 and "10.00" not in text
+def test_a_probe_that_dies_leaves_what_it_knew_in_the_row_that_is_completed_next(backbone, few, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(linear_probe, "knn", lambda *args: 1 / 0 if 20 in args[4:] else common.knn(*args))
+        with pytest.raises(ZeroDivisionError):
+            probe("--backbone", backbone, "--no-quick")
+    [half] = rows_of(backbone.parent)
+    assert "knn_top1" in half and "knn20_top1" not in half
+    row = probe("--backbone", backbone, "--no-quick")
+    assert rows_of(backbone.parent) == [row] and row["knn_top1"] == half["knn_top1"] and "knn20_top1" in row
 
 
-def test_neighbours_are_drawn(backbone, tmp_path):
+def test_a_probe_of_more_protocols_takes_the_place_of_the_row_that_had_fewer(backbone, few):
+    """Else a table would count one backbone as two seeds."""
+    probe("--backbone", backbone, "--no-quick")
+    probe("--backbone", backbone, "--no-quick", "--epochs", 1)
+    assert [row["linear_epochs"] for row in rows_of(backbone.parent)] == [1]
+    probe("--backbone", backbone, "--no-quick", "--fraction", 0.5)
+    assert len(rows_of(backbone.parent)) == 2
+
+
+def filled(*flags):
+    """The resolved flags of a probe of the untrained network."""
+    cfg = common.parse(linear_probe.Config, "", ["--random", *flags], shared=object)
+    linear_probe.fill_in(cfg, [])
+    return cfg
+
+
+def test_held_out_never_asks_for_the_test_split_and_its_parts_are_disjoint(few, monkeypatch):
+    cfg = filled("--split", "held-out", "--size", "16")
+    train, test = linear_probe.load_splits(cfg)
+    assert few == ["train"] and len(test) == 6
+    whole = common.load_images("shapes", "", split="train", size=16)
+    assert sorted([*train.rows.tolist(), *test.rows.tolist()]) == sorted(whole.rows.tolist())
+
+
+def test_random_takes_the_network_that_the_methods_would_train(monkeypatch):
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr(common, "pick_device", torch.device)
+        for dataset in common.SIZES:
+            cfg = filled("--dataset", dataset, "--device", device)
+            for script in (bassl, npid_distill, aug_study):
+                theirs = parsed(script, "--dataset", dataset, "--device", device)
+                stems = [common.pick_stem(c.stem, common.SIZES[dataset]) for c in (cfg, theirs)]
+                assert (cfg.arch, stems[0]) == (theirs.arch, stems[1]), (dataset, device, script)
+            assert cfg.size == common.SIZES[dataset]
+
+
+def test_neighbours_are_drawn_and_no_row_is_written(backbone, few, tmp_path):
     from PIL import Image
-    status, _, err = run_script("linear_probe.py", "--backbone", backbone, *PROBE, "--neighbours", tmp_path / "n.png")
-    assert status == 0, err
-    image = Image.open(tmp_path / "n.png")
-    assert image.size[0] > 9 * 64 and image.size[1] > 10 * 64
-    assert not (backbone.parent / "results.jsonl").exists() and (ROOT / "linear_probe.py").exists()
+    probe("--backbone", backbone, "--neighbours", tmp_path / "n.png")
+    width, height = Image.open(tmp_path / "n.png").size
+    assert width > 9 * 64 and height > 9 * 64 and not (backbone.parent / "results.jsonl").exists()

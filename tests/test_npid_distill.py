@@ -247,6 +247,6 @@ def test_a_run_that_dies_after_any_step_ends_as_if_it_had_not(flags, tmp_path, m
 
 
 def test_the_file_alone_gives_its_parts(tmp_path):
-    code = ("from npid_distill import MemoryBank, sqrt_kl; import torch; b = MemoryBank(9, 4); z = b.rows[:2]; "
-            "p = z @ b.rows.T; b.update(torch.tensor([1, 2]), z, p.softmax(1)); sqrt_kl(p)")
+    code = ("from npid_distill import MemoryBank, sqrt_kl; import torch; b = MemoryBank(9, 4); z = b.rows[:2]"
+            "; p = z @ b.rows.T; b.update(torch.tensor([1, 2]), z, p.softmax(1)); sqrt_kl(p)")
     assert_works_alone("npid_distill.py", code, tmp_path)

@@ -1,0 +1,99 @@
+"""Rows to tables: paired effects by hand, seeds, the control, and what says that a row is the history's."""
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from conftest import ROOT
+
+sys.path.append(str(ROOT / "results"))
+import tables  # noqa: E402
+
+
+def row(**other):
+    base = dict(dataset="shapes", pretrained_on="shapes", method="bassl", variant="simclr", arch="resnet10")
+    base |= dict(stem="cifar", view=16, images=100, epochs=2, batch=64, effective_lr=0.1, split="test")
+    return base | dict(seed=0, fraction=1.0, device="x", minutes=1.0, images_per_s=10, train_loss=3.0) | other
+
+
+def cells(text):
+    """The lines of a Markdown table as dicts."""
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    head, _, *lines = [[cell.strip() for cell in line] for line in lines]
+    return [dict(zip(head, line)) for line in lines]
+
+
+def test_students_quantiles_leave_a_twentieth_outside():
+    for freedom, t in enumerate(tables.T_975, 1):
+        x = np.linspace(-t, t, 200_001)
+        density = (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
+        scale = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2) / math.sqrt(freedom * math.pi)
+        assert np.trapezoid(density, x) * scale == pytest.approx(0.95, abs=1e-3)
+
+
+def test_an_effect_is_the_mean_of_differences_within_a_seed_and_its_interval_students():
+    plain = {0: 50.0, 1: 60.0, 2: 40.0, 3: 1.0}
+    fused = {0: 52.0, 1: 61.0, 2: 45.0, 4: 99.0}  # seeds 3 and 4 have no partner
+    rows = [row(seed=s, probe_top1=v) for s, v in plain.items()]
+    rows += [row(seed=s, probe_top1=v, variant="simclr + fused") for s, v in fused.items()]
+    rows += [row(seed=s, probe_top1=0.0, batch=32) for s in plain]  # another setting: no partner either
+    line = next(line for line in cells(tables.table(rows)) if line["variant"] == "simclr + fused")
+    d = [2.0, 1.0, 5.0]  # t of 2 degrees of freedom has a closed form: (2p - 1) sqrt(2 / (4p (1 - p)))
+    mean, t = sum(d) / 3, 0.95 * math.sqrt(2 / (4 * 0.975 * 0.025))
+    half = t * math.sqrt(sum((x - mean) ** 2 for x in d) / 2 / 3)
+    assert [float(x) for x in line["effect on probe"].split(" ± ")] == pytest.approx([mean, half], abs=0.06)
+    assert tables.interval([]) == "" and tables.interval([-1.0]) == "-1.0"
+
+
+def test_seeds_are_averaged_and_the_control_says_its_loss_beside_chance_for_simclr_alone():
+    rows = [row(seed=s, knn_top1=v) for s, v in ((0, 40.0), (1, 50.0))]
+    rows += [row(variant="simclr + fusion (one), unpaired", train_loss=4.5), row(variant="moco, unpaired")]
+    both, control, moco = cells(tables.table(rows))
+    assert (both["seeds"], both["kNN"], both["loss (chance)"]) == ("0 1", "45.0 ± 7.1", "")
+    assert control["loss (chance)"] == f"4.50 ({math.log(2 * 64 - 1):.2f})" and moco["loss (chance)"] == ""
+    assert len(cells(tables.table([row(), row(epochs=3), row(split="held-out")]))) == 3
+
+
+def test_published_numbers_stand_in_italics_below_and_wrong_files_are_named(tmp_path, capsys):
+    lines = cells(tables.table([row(dataset="cifar10", linear_top1=60.0)]))
+    assert lines[0]["linear"] == "60.0" and "*90.74*" in [line["linear"] for line in lines[1:]]
+    for text in ("{", "[1]", "{}"):
+        (tmp_path / "rows.jsonl").write_text(text)
+        with pytest.raises(SystemExit) as end:
+            tables.main(["--rows", str(tmp_path / "rows.jsonl")])
+        said = capsys.readouterr().err + str(end.value.code)
+        assert "rows.jsonl holds no result rows" in said
+
+
+def test_check_names_a_row_whose_script_is_not_in_the_history(tmp_path, monkeypatch):
+    def git(*words):
+        user = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.check_output(["git", *user, *words], cwd=tmp_path, text=True).strip()
+
+    (tmp_path / "a.py").write_text("old")
+    git("init", "-q"), git("add", "."), git("commit", "-qm", "old")
+    old = git("hash-object", "a.py")
+    (tmp_path / "a.py").write_text("new")
+    git("commit", "-qam", "new")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "HERE", tmp_path)
+    rows = [row(blobs={"a.py": old}), row(blobs={"a.py": "0" * 40}, variant="odd"), row(variant="nameless")]
+    for count, named in ((1, []), (3, ["odd", "nameless"])):
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[:count]))
+        with pytest.raises(SystemExit) as end:
+            tables.main(["--check"])
+        said = str(end.value.code or "")
+        assert bool(said) == bool(named) and all(f"rows.jsonl: bassl {name}" in said for name in named)
+
+
+@pytest.mark.skipif(not (ROOT / "results" / "README.md").exists(), reason="there is no results/README.md")
+def test_the_committed_page_of_results_is_what_its_rows_say(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    monkeypatch.setattr(tables, "HERE", tmp_path / "results")
+    tables.main(["--readme"])
+    pages = [(folder / "results" / "README.md").read_text() for folder in (tmp_path, ROOT)]
+    assert pages[0] == pages[1]
