@@ -160,7 +160,8 @@ def fuse_views(fusion: BatchFusion, kind: str, x1: Tensor, x2: Tensor, generator
     if kind == "plain":
         return fusion(x1), fusion(x2)
     if kind == "shuffled":
-        one, two = (torch.randperm(len(x1), generator=generator).to(x1.device) for _ in range(2))
+        orders = torch.stack([torch.randperm(len(x1), generator=generator) for _ in range(2)])
+        one, two = orders.to(x1.device, non_blocking=True)
         return fusion(x1, one), fusion(x2, two)
     return fusion(x1), x2
 
@@ -367,7 +368,7 @@ def train(cfg) -> None:
         generator = run.generator()
         x1, x2 = augment(images, generator, aspect, views=2).chunk(2)            # (B, 3, S, S) each
         if cfg.unpaired:  # an order of its own at every step: the fusion can learn a fixed one
-            x2 = x2[torch.randperm(len(x2), generator=generator).to(x2.device)]
+            x2 = x2[torch.randperm(len(x2), generator=generator).to(x2.device, non_blocking=True)]
         with run.autocast():
             v1, v2 = fuse_views(fusion, cfg.fuse, x1, x2, generator)
             loss = framework(v1, v2)

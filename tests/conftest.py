@@ -1,4 +1,4 @@
-"""Shared by the tests: the repository on the path, tiny runs, a small stand-in for a ResNet, the `soak` marker."""
+"""Shared by the tests: the repository on the path, tiny runs, a stand-in for a ResNet, the `soak` marker."""
 import functools
 import json
 import os
@@ -14,8 +14,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 
-common.draw_shapes = functools.cache(common.draw_shapes)  # shared by the runs of this process, which write nothing
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+common.draw_shapes = functools.cache(common.draw_shapes)  # shared by the runs of this process
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
 
 # Seconds on a CPU: 48 images of shapes at 16 pixels, 6 steps.
 TINY = ("--dataset shapes --size 16 --view 16 --arch resnet10 --stem imagenet --limit 48 --batch 16 --epochs 2 "
@@ -65,7 +65,7 @@ class Small(torch.nn.Sequential):
 def read_log(out):
     """log.jsonl without what depends on the clock or the folder."""
     lines = [json.loads(line) for line in (pathlib.Path(out) / "log.jsonl").read_text().splitlines()]
-    clock = {"images_per_s", "minutes", "started", "command", "config"}
+    clock = {"images_per_s", "minutes", "started", "command", "config", "sha", "blobs"}
     return [{key: value for key, value in line.items() if key not in clock} for line in lines]
 
 

@@ -1,9 +1,9 @@
 """One process of a torchrun job, or the only one: trains every run that the JSON file argv[1] lists.
 
-[["bassl", ["--batch", "16", ...]], ...]; test_processes.py compares jobs of one and of two processes. Beside the
-files of a run, OUT gets record.pt: the parameters before the first step, and the loss of every step. All is computed
-in float64: in float32, steps through norms over few samples blow rounding noise up, and what is left would not tell
-a wrong gradient from another order of summation. And every process draws other numbers of its own.
+[["bassl", ["--batch", "16", ...]], ...]; test_processes.py compares jobs of one and of two. Beside the files
+of a run, OUT gets record.pt: the parameters before the first step, and the loss of every step. In float64: in
+float32, steps through norms over few samples blow rounding noise up, and what is left would not tell a wrong
+gradient from another order of summation. Every process draws weights, queue and bank of its own.
 """
 import importlib
 import json
@@ -19,7 +19,7 @@ torch.float32, torch.Tensor.float = torch.float64, torch.Tensor.double
 torch.set_default_dtype(torch.float64)
 seed, seeded = torch.manual_seed, common.seeded
 torch.manual_seed = lambda number: seed(number + common.rank())
-common.seeded = lambda *key, **at: seeded(*key, *["of a process"] * (key[0] == "bank" and common.rank() > 0), **at)
+common.seeded = lambda *key, **at: seeded(*key, *[common.rank()] * (key[0] == "bank"), **at)
 
 
 class Total(torch.autograd.Function):
@@ -60,7 +60,8 @@ class Recorded(common.Run):
             if common.world() > 1 and isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
                 module.__class__ = WholeNorm
         super().start(model, *args, **options)
-        self.record = {"start": {key: p.detach().clone() for key, p in model.named_parameters()}, "losses": []}
+        start = {key: p.detach().clone() for key, p in model.named_parameters()}
+        self.record = {"start": start, "losses": []}
 
     def log(self, **values):
         super().log(**values)

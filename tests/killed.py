@@ -1,11 +1,12 @@
 """Runs a training script again and again, each time killed at a given moment, and at last to its end.
 
-    python tests/killed.py plan.json    # {"script": "bassl", "argv": [...], "kills": [["rename", 2, []], ...]}
+    python tests/killed.py plan.json  # {"script": "bassl", "argv": [...], "kills": [["rename", 2, []], ...]}
 
-Beside the plan it leaves killed/, and whole/ of a run that nothing happened to. Every attempt is a child of this
-process, which has imported everything and computed nothing, so that a kill costs half a second. A kill is a phase,
-a number n and further flags: SIGKILL, the n-th time since the attempt's start that the run is about to take a step,
-to serialise a checkpoint, to fsync, to rename, or is half way through writing to a file. Prints the kills that came.
+Beside the plan it leaves killed/, and whole/ of a run that was left alone. Every attempt is a child of this
+process, which has imported everything and computed nothing, so that a kill costs half a second. A kill is a
+phase, a number n and further flags: SIGKILL, the n-th time since the attempt's start that the run is about to
+take a step, to serialise a checkpoint, to fsync, to rename, or is half way through writing to a file. Prints
+the kills that came.
 """
 import builtins
 import collections
@@ -57,8 +58,9 @@ def set_traps(patch, moment):
         return stopped
 
     patch(common.Run, "optimise", before("step", common.Run.optimise))
-    for owner, attribute, name in ((torch, "save", "serialise"), (os, "fsync", "fsync"), (os, "replace", "rename")):
-        patch(owner, attribute, before(name, getattr(owner, attribute)))
+    patch(torch, "save", before("serialise", torch.save))
+    patch(os, "fsync", before("fsync", os.fsync))
+    patch(os, "replace", before("rename", os.replace))
     patch(common, "open", lambda *args: Torn(builtins.open(*args), moment))
 
 

@@ -268,8 +268,8 @@ def test_a_switched_run_pairs_with_a_methods_own_row():
 
 def test_the_effects_of_a_file_of_rows_are_a_table_and_of_another_file_an_error_of_one_line(tmp_path, capsys):
     study, runs = tmp_path / "study.jsonl", [("", 0, 60), ("", 1, 62), ("byol", 0, 63), ("byol", 1, 64.0)]
-    rows = [{"config": vars(parsed(aug_study, *TINY, "--augs", augs)), "seed": seed, "probe_top1": value}
-            for augs, seed, value in runs]
+    rows = [{"config": vars(parsed(aug_study, *TINY, "--augs", augs)), "seed": seed, "probe_top1": value,
+             "fraction": 1.0, "split": "test"} for augs, seed, value in runs]
     study.write_text("".join(json.dumps(row) + "\n" for row in rows))
     status, out, err = run_script(ROOT / "aug_study.py", "--effects", study, cwd=tmp_path)
     assert (status, err) == (0, "")

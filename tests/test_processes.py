@@ -1,4 +1,4 @@
-"""Two gloo processes under torchrun against one with the same global batch: same losses, parameters, bank, queue."""
+"""Two processes under torchrun against one with the same global batch: losses, parameters, bank, queue."""
 import json
 import os
 import signal
@@ -18,14 +18,14 @@ import linear_probe
 from conftest import ROOT, TINY, parsed, read_log, run_script
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+ALONE = {"OMP_NUM_THREADS": "1"}
 # Five steps of one epoch by SGD (AdamW divides rounding noise by its own size where a gradient is 0).
 STEPS = [*TINY, "--limit", "80", "--epochs", "1", "--knn-every", "1", "--optimizer", "sgd", "--lr", "0.02"]
 NPID = ["npid_distill", [*STEPS, "--dim", "16", "--cutmix", "0"]]  # CutMix pairs images within a process
-LOCAL = ("swav", "dino")
 
 
 def study(name):
-    views, large = "multicrop" if name in LOCAL else "simclr", name in ("barlow", "vicreg")
+    views, large = "multicrop" if name in ("swav", "dino") else "simclr", name in ("barlow", "vicreg")
     return [*STEPS, "--methods", name, "--augs", views, "--lr", "0.002" if large else "0.02", "--queue", "64"]
 
 
@@ -41,17 +41,18 @@ RUNS = {
 
 def torchrun(*args):
     return subprocess.run([*TORCHRUN, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=400,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+                          env={**os.environ, **ALONE})
 
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory):
-    """Folder of all runs: <run>-1 by one process, <run>-2 by two, which start from different random numbers."""
+    """Folder of all runs: <run>-1 by one process, <run>-2 by two that start from different random numbers."""
     folder = tmp_path_factory.mktemp("jobs")
     for n in (1, 2):
-        runs = [[script, [*argv, "--out", str(folder / f"{name}-{n}")]] for name, (script, argv) in RUNS.items()]
+        runs = [[script, [*argv, "--out", str(folder / f"{name}-{n}")]]
+                for name, (script, argv) in RUNS.items()]
         (folder / f"{n}.json").write_text(json.dumps(runs))
-    status, _, stderr = run_script("tests/job.py", folder / "1.json", timeout=400, env={"OMP_NUM_THREADS": "1"})
+    status, _, stderr = run_script("tests/job.py", folder / "1.json", env=ALONE)
     assert status == 0, stderr
     done = torchrun("tests/job.py", folder / "2.json")
     assert done.returncode == 0, done.stderr
@@ -95,15 +96,15 @@ def test_the_probe_of_two_processes_is_that_of_one_and_they_decode_once(tmp_path
         for i in range(count):
             folder = tmp_path / "data" / split / "ab"[i % 2]
             folder.mkdir(parents=True, exist_ok=True)
-            pixels = np.random.default_rng([i, count]).integers(0, 200 + 40 * (i % 2), (16, 24, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / f"{i}.png")
-    probe = ["--random", "--dataset", "folder", "--data", tmp_path / "data", "--cache", tmp_path / "cache", "--size",
-             "16", "--arch", "resnet10", "--epochs", "3", "--batch", "20", "--device", "cpu"]
+            pixels = np.random.default_rng([i, count]).integers(0, 200 + 40 * (i % 2), (16, 24, 3))
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    probe = (f"--random --dataset folder --data {tmp_path}/data --cache {tmp_path}/cache --size 16 "
+             "--arch resnet10 --epochs 3 --batch 20 --device cpu").split()
     done = torchrun("linear_probe.py", *probe, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("decoding 60 images") == done.stdout.count("decoding 40 images") == 1
     two, = [json.loads(line) for line in (tmp_path / "two" / "results.jsonl").read_text().splitlines()]
-    argv = [*map(str, [*probe, "--out", tmp_path / "one"])]
+    argv = [*probe, "--out", str(tmp_path / "one")]
     one = linear_probe.probe(common.parse(linear_probe.Config, "", argv, shared=object))
     assert two["command"].startswith("torchrun --nnodes=1 --nproc-per-node=2 linear_probe.py --random ")
     for metric in linear_probe.METRICS:
@@ -122,7 +123,7 @@ def test_a_stopped_job_saves_and_goes_on_and_a_killed_process_ends_it(tmp_path):
     def end_by(number, victim):
         log, began = tmp_path / "log.jsonl", time.time()
         job = subprocess.Popen([*TORCHRUN, "bassl.py", *flags], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                               stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                               stderr=subprocess.STDOUT, env={**os.environ, **ALONE})
         while not log.exists() or log.stat().st_mtime < began or len(log.read_text().splitlines()) < 4:
             assert job.poll() is None, job.communicate()
             time.sleep(0.1)

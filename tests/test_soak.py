@@ -1,6 +1,5 @@
 """What takes minutes to hours: `make soak`. Two hundred kills are in test_survival.py."""
 import json
-import pathlib
 import random
 import shutil
 import subprocess
@@ -21,7 +20,7 @@ def test_the_demo_ends_with_every_method_above_the_random_network(tmp_path):
     done = subprocess.run(["make", "demo", f"PYTHON={sys.executable}", f"OUT={tmp_path}"], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for path in tmp_path.rglob("results.jsonl") for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for path in tmp_path.rglob("results.jsonl") for line in path.open()]
     probe = {(row["method"], row["variant"]): row["probe_top1"] for row in rows}
     floor = probe.pop(("random", "untrained"))
     assert len(probe) == 3 and all(value > floor + 10 for value in probe.values()), (floor, probe)
@@ -29,13 +28,14 @@ def test_the_demo_ends_with_every_method_above_the_random_network(tmp_path):
 
 @pytest.mark.parametrize("name", aug_study.METHODS)
 def test_no_method_collapses_at_the_small_recipes_budget(name, tmp_path):
-    flags = ["--dataset", "shapes", "--device", "cpu", "--methods", name, "--knn-every", "1", "--out", tmp_path]
-    for command in (["aug_study.py", *flags], ["linear_probe.py", "--backbone", tmp_path / "backbone.pt"],
+    flags = f"--dataset shapes --device cpu --methods {name} --knn-every 1 --out {tmp_path}".split()
+    for command in (["aug_study.py", *flags],
+                    ["linear_probe.py", "--backbone", tmp_path / "backbone.pt"],
                     ["linear_probe.py", "--random", "--out", tmp_path / "random"]):
         status, _, stderr = run_script(*command, timeout=7200)
         assert status == 0, stderr
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()][1:]
-    row, floor = (json.loads((folder / "results.jsonl").read_text()) for folder in (tmp_path, tmp_path / "random"))
+    row, floor = (json.loads((out / "results.jsonl").read_text()) for out in (tmp_path, tmp_path / "random"))
     signs = [(line["feature_std"], line["effective_rank"]) for line in log]
     print(name, row["knn_top1"], row["probe_top1"], floor["probe_top1"], signs)
     assert min(std for std, _ in signs) > 0.4 and min(rank for _, rank in signs) > 15
@@ -80,7 +80,7 @@ def test_five_hundred_corrupted_trees_are_read_or_refused(tmp_path):
             assert int(images.rows.max()) < len(images.pixels) and set(images.classes) <= {"a", "b"}
             end = "read"
         except (common.RunError, common.UsageError) as error:
-            assert str(root) in str(error) and not [p for p in pathlib.Path(cache).glob("*") if p.suffix != ".lock"]
+            assert str(root) in str(error) and {path.suffix for path in cache.glob("*")} <= {".lock"}
             end = type(error).__name__
         ends[end] = ends.get(end, 0) + 1
     assert min(ends.get("read", 0), ends.get("RunError", 0)) > 50, ends
