@@ -496,7 +496,7 @@ def print_effects(path: str) -> None:
 
     try:
         rows = [json.loads(line) for line in pathlib.Path(path).read_text().splitlines()]
-        rows = [row for row in rows if row["fraction"] == 1 and row["split"] == "test" and "probe_top1" in row]
+        rows = [row for row in rows if row["fraction"] == 1 and row["split"] == "test"]
         accuracy = {(cell_of(row["config"]), row["seed"]): row["probe_top1"] for row in rows}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"--effects {path}: no rows of a study ({error})") from None

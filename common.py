@@ -259,10 +259,10 @@ def broadcast(module: nn.Module) -> None:
 
 def origin() -> dict:
     """What made a log or a row: commit, blobs (git's hash of each script's bytes), versions and command."""
-    folder, blobs = pathlib.Path(__file__).resolve().parent, {}
-    for module in [*sys.modules.values()]:
-        path = pathlib.Path(getattr(module, "__file__", None) or "").resolve()
-        if path.parent == folder and path.suffix == ".py" and path.is_file():
+    folder, blobs = pathlib.Path(__file__).absolute().parent, {}
+    loaded = {os.path.abspath(getattr(m, "__file__", None) or "") for m in [*sys.modules.values()]}
+    for path in sorted(folder.glob("*.py")):
+        if str(path) in loaded:
             data = path.read_bytes()
             blobs[path.name] = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
     sha, launcher = "unknown", [pathlib.Path(sys.executable).name]
@@ -272,7 +272,7 @@ def origin() -> dict:
     if world() > 1:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", world()))  # processes on this node
         launcher = ["torchrun", f"--nnodes={world() // here}", f"--nproc-per-node={here}"]
-    return {"sha": sha, "blobs": dict(sorted(blobs.items())), "torch": torch.__version__,
+    return {"sha": sha, "blobs": blobs, "torch": torch.__version__,
             "command": shlex.join([*launcher, *sys.argv])}
 
 
@@ -955,7 +955,8 @@ def replacing(path: pathlib.Path, keep: bool = False):
         os.close(folder)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         new.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
         raise RunError(f"could not write {path} ({reason}); what stood there is untouched") from None
 
 
@@ -1121,8 +1122,10 @@ class Run:
             torch.set_rng_state(state["rng"]["cpu"].clone())
             if self.device.type == "cuda":
                 torch.cuda.set_rng_state(state["rng"]["cuda"].clone(), self.device)
-        except (RuntimeError, ValueError, KeyError) as error:
+        except (RuntimeError, ValueError, LookupError, TypeError) as error:
             raise RunError(f"{candidate} does not fit this run: {error}") from None
+        if candidate != path and rank() == 0:
+            path.unlink(missing_ok=True)  # damaged: the next save must not keep it in place of the good one
         say(f"resumed at step {self.step} of {self.steps} from {candidate}")
 
     def _refuse_other(self, other: dict) -> None:
@@ -1235,7 +1238,7 @@ class Run:
     def optimise(self, loss: Tensor) -> None:
         """Backward and one optimizer step. RunError on a loss that is not finite: at once on a CPU, elsewhere
         within 50 steps, so that no step waits for the device; nothing of it is ever saved. In fp16 the scaler
-        skips a step whose gradient overflowed, and the fifth in a row raises."""
+        skips a step whose gradient overflowed, and the 16th in a row raises, when its scale is down at 1."""
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         if world() > 1:
@@ -1254,7 +1257,7 @@ class Run:
         self.scaler.update()
 
     def _stop_if_bad(self, values: list[Tensor] | None = None) -> None:
-        if self.worst >= (5 if self.scaler.is_enabled() else 1):
+        if self.worst >= (16 if self.scaler.is_enabled() else 1):
             what = "loss or gradients are not finite at"
         elif values and not torch.stack(torch._foreach_norm(values)).sum().isfinite():
             what = "parameters are not finite after"

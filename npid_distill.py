@@ -224,18 +224,21 @@ def calibrate(bank: MemoryBank, model: nn.Module, augment: nn.Module, run) -> No
     mode, where an untrained network's batch norms are the identity, so that all rows are nearly one point
     (mean cosine 0.97 against 0.31). random leaves the rows as they are, as NPID does.
     """
-    from common import broadcast, center_view
+    from common import broadcast, center_view, gather, rank, world
 
     began, augmented = time.monotonic(), run.cfg.init == "augmented"
     model.train(augmented)
-    parts = torch.arange(len(run.images)).tensor_split(len(run.images) // run.cfg.batch)
-    for n, (images, aspect, index) in enumerate(run.images.batches(list(parts), run.device)):
+    count, batch = len(run.images), run.cfg.batch
+    order = torch.arange(-(-count // batch) * batch) % count  # the first ones again fill up the last batch
+    parts = [part.chunk(world())[rank()] for part in order.split(batch)]
+    for n, (images, aspect, index) in enumerate(run.images.batches(parts, run.device)):
         if augmented:
             x = augment(images, run.generator(f"init {n}"), aspect)
         else:
             x = center_view(images, run.size, aspect)
         with run.autocast():
-            bank.fill(index, model(x))
+            z = model(x)
+        bank.fill(gather(index), gather(z.float()))
     model.train()
     broadcast(bank)
     run.seconds += time.monotonic() - began  # part of the method's cost

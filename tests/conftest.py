@@ -18,8 +18,8 @@ common.draw_shapes = functools.cache(common.draw_shapes)  # shared by the runs o
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
 
 # Seconds on a CPU: 48 images of shapes at 16 pixels, 6 steps.
-TINY = ("--dataset shapes --size 16 --view 16 --arch resnet10 --stem imagenet --limit 48 --batch 16 --epochs 2 "
-        "--knn-every 0 --device cpu --amp off").split()
+TINY = ("--dataset shapes --size 16 --view 16 --arch resnet10 --stem imagenet --limit 48 --batch 16 "
+        "--epochs 2 --knn-every 0 --device cpu --amp off").split()
 BY = {"bassl": "framework", "npid_distill": "update", "aug_study": "methods"}
 
 
@@ -40,13 +40,13 @@ def parsed(script, *flags):
 
 def run_script(*args, cwd=ROOT, timeout=300, env=None):
     """A script as a user starts it: (exit status, stdout, stderr)."""
-    done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=timeout,
-                          env={**os.environ, **(env or {})})
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True,
+                          timeout=timeout, env={**os.environ, **(env or {})})
     return done.returncode, done.stdout, done.stderr
 
 
 def assert_works_alone(script, code, folder):
-    """The file copied into an empty folder runs the code, without torchvision or the rest of the repository."""
+    """The file copied into an empty folder runs the code, without torchvision or the other files."""
     shutil.copy(ROOT / script, folder)
     code += "; import sys; assert 'common' not in sys.modules and 'torchvision' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
@@ -103,7 +103,7 @@ def same_run(a, b):
 
 
 def assert_dying_changes_nothing(script, flags, steps, tmp_path, monkeypatch):
-    """A run that dies before the update of each of the steps, started again each time, ends like one that never died."""
+    """A run that dies before each of the steps and is started again ends like one that never died."""
     def start(out, dies_at):
         def optimise(run, loss, optimise=common.Run.optimise):
             if run.step == dies_at:
