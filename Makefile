@@ -66,7 +66,7 @@ $(TABLES): $(ENV)
 # In two halves side by side: most of a test's time is a script that starts.
 test: $(ENV)
 	+@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 -O test-1 test-2
-FIRST := $(wildcard $(patsubst %,tests/test_%.py,cli bassl linear_probe recipes images cuda))
+FIRST := $(wildcard $(patsubst %,tests/test_%.py,cli bassl linear_probe recipes images cuda processes))
 test-1:
 	$(PYTHON) -m pytest -q $(FIRST)
 test-2:

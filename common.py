@@ -1113,6 +1113,8 @@ class Run:
         else:
             raise RunError(f"no checkpoint in {self.out} can be read; move the folder away to start anew")
         try:
+            if not isinstance(state, dict):
+                raise TypeError(f"it holds a {type(state).__name__}")
             self._refuse_other(state)
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
