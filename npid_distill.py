@@ -50,7 +50,8 @@ RECIPES = {
     "small": dict(
         arch="resnet10", stem="auto", view=16, batch=128, epochs=15, limit=10_000,
         optimizer="sgd", lr=0.5, wd=1e-4, warmup=0.0, cutmix=0.0, negatives=10_000, dim=512),
-    "small shapes": dict(stem="imagenet", view=32, epochs=35, limit=1000),  # the demo: four minutes in all
+    # The demo: four minutes in all.
+    "small shapes": dict(stem="imagenet", view=24, batch=64, epochs=30, limit=1000),
     "small tinyimagenet": dict(stem="imagenet", view=64),
     # The official code's run.sh for CIFAR: SGD 1.0 at batch 512.
     "cifar": dict(
