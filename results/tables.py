@@ -151,6 +151,7 @@ def table(rows: list[dict]) -> str:
     """One Markdown table a data set, the published numbers of its methods in italics below."""
     text = []
     settings = tuple(key for key in LINE if key not in ("method", "variant")) + ("seed",)
+    rows = sorted(rows, key=lambda row: row["method"] != "random")  # the untrained network first
     for (dataset,), part in group(rows, ("dataset",)).items():
         plain = {key: same[0] for key, same in group(part, (*settings, "variant")).items()}
         lines = []
