@@ -1,10 +1,10 @@
 """Batch-adaptive self-supervised learning: fuse the images of a batch before a contrastive method sees them
 (arXiv 2311.09974).
 
-    python bassl.py --dataset cifar10                  # CPU: the small recipe; GPU: ResNet-18 for 200 epochs
-    python bassl.py --dataset cifar10 --layers 0       # the plain framework through the same code
+    python bassl.py --dataset cifar10              # CPU: the small recipe; GPU: ResNet-18 for 200 epochs
+    python bassl.py --dataset cifar10 --layers 0 --out runs/cifar10/simclr    # the plain framework
     python bassl.py --dataset imagenet100 --batch 256 --data DIR
-    python bassl.py --fuse plain --unpaired --gate 3   # control: does an open gate let a network cheat?
+    python bassl.py --fuse plain --unpaired --gate 3 --out runs/control       # does an open gate cheat?
 
 The paper: Patch Partition, Conv Embedding and Patch Restore turn a batch of images into one of the same shape
 in which every image carries something of the others; the module sits in front of SimCLR, MoCo, BYOL or

@@ -197,8 +197,10 @@ def show_recipes(recipes: dict[str, dict]) -> str:
     lines = [["recipe", *columns]]
     for name in dict.fromkeys(name for key in columns for name in recipes[key]):
         lines.append([f"--{name.replace('_', '-')}", *(str(recipes[key].get(name, "")) for key in columns)])
-    text = ["".join(cell.ljust(14) for cell in line) for line in lines]
-    text += [f"{key}: {values}" for key, values in recipes.items() if key not in columns]
+    text = ["".join(cell.ljust(16) for cell in line) for line in lines]
+    for key in recipes:
+        if key not in columns:
+            text.append(f"{key}: " + " ".join(f"--{name} {value}" for name, value in recipes[key].items()))
     return "\n".join(text)
 
 
@@ -761,8 +763,9 @@ def save_grid(path: pathlib.Path, views: Tensor, columns: int) -> None:
 
     if rank() == 0:
         x = views.float().cpu() * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
+        x = F.interpolate(x.clamp(0, 1), scale_factor=max(1, 64 // x.shape[-1]))  # so that a person sees it
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_image(x.clamp(0, 1), path, nrow=columns)
+        save_image(x, path, nrow=columns)
         print(f"wrote {path}")
 
 
@@ -806,6 +809,9 @@ def features(encoder: nn.Module, images: ImageSet, size: int, device: torch.devi
     for index, (x, aspect, _) in zip(order, images.batches(parts, device)):
         x = center_view(x, size, aspect).contiguous(memory_format=torch.channels_last)
         rows.append(gather(encoder(x).float())[:len(index)])
+        if sys.stdout.isatty() and rank() == 0:
+            seen = int(index[-1]) + 1
+            print(f"\r\033[Kfeatures of {seen}/{len(images)} images", end="\r", flush=True)
     encoder.train(mode)
     return torch.cat(rows), images.labels.to(device)
 
@@ -1034,13 +1040,15 @@ class Run:
             say(f"the last stage sees one pixel of a view of {smallest}")
         if smallest <= stride // 2 and self.device.type == "cpu":
             self.dtype = torch.float32  # oneDNN's bf16 leaves gradients of a strided 1 x 1 input unwritten
+        limit = cfg.limit or (cfg.batch if cfg.preview else 0)
+        images = load_images(cfg.dataset, cfg.data, "train", self.size, cfg.cache, cfg.workers, limit)
+        if cfg.preview:  # of few images too
+            cfg.batch = min(cfg.batch, len(images))
+        if len(images) < cfg.batch:
+            raise UsageError(f"--batch {cfg.batch} is larger than the {len(images)} training images")
         if cfg.batch % world():
             raise UsageError(f"--batch {cfg.batch} is over all processes, and {world()} do not divide it")
         self.batch = cfg.batch // world()  # of this process
-        limit = cfg.limit or (cfg.batch if cfg.preview else 0)
-        images = load_images(cfg.dataset, cfg.data, "train", self.size, cfg.cache, cfg.workers, limit)
-        if len(images) < cfg.batch:
-            raise UsageError(f"--batch {cfg.batch} is larger than the {len(images)} training images")
         self.images = images.to(self.device)
         torch.manual_seed(cfg.seed)
         self.steps_per_epoch = len(images) // cfg.batch

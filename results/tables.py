@@ -37,7 +37,7 @@ TABLES = {
 SOLO = "ResNet-18, 1000 epochs, online probe (solo-learn)"
 LIGHTLY = "ResNet-18, 200 epochs, batch 512 (lightly)"
 CAO = "ResNet-18, 200 epochs (arXiv 2404.19289)"
-BASSL = "as published (arXiv 2311.09974)"
+BASSL = "arXiv 2311.09974"
 # Published numbers: data set -> (method, what, metric, percent)
 PUBLISHED = {
     "cifar10": [
@@ -63,9 +63,11 @@ PUBLISHED = {
     "imagenet1k": [("bassl", BASSL, "linear_top1", 59.41)],
 }
 METRICS = {"knn_top1": "kNN", "knn20_top1": "kNN, k 20", "probe_top1": "probe", "linear_top1": "linear"}
-# Rows that agree in these are one line of a table.
-LINE = ("dataset", "pretrained_on", "method", "variant", "arch", "stem", "view", "images", "epochs", "batch",
-        "effective_lr", "split", "fraction", "device")
+# Two runs are paired when they agree in these; rows that agree in all flags but the seed are one line.
+SETTINGS = ("dataset", "pretrained_on", "arch", "stem", "size", "view", "images", "epochs", "batch",
+            "effective_lr", "split", "fraction", "device")
+LINE = (*SETTINGS, "method", "variant", "flags")
+ANY = ("seed", "out", "data", "cache", "workers", "device", "save_every", "minutes", "knn_every")
 T_975 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]  # Student's t, 97.5 %, by degrees of freedom
 
 
@@ -80,9 +82,11 @@ def read_rows(paths: list[pathlib.Path]) -> list[dict]:
     rows = []
     for path in paths:
         try:
-            found = [json.loads(line) for line in path.read_text().splitlines()]
-            rows += [{**row, "view": row.get("config", {}).get("view")} for row in found if row["dataset"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            for row in map(json.loads, path.read_text().splitlines()):
+                cfg = row.get("config", {})  # none for a network that was not trained
+                flags = {name: value for name, value in cfg.items() if name not in ANY}
+                rows.append({"dataset": row["dataset"], **row, "view": cfg.get("view"), "flags": str(flags)})
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             fail(f"{path} holds no result rows ({error})")
     return rows
 
@@ -131,7 +135,8 @@ def table_line(rows: list[dict]) -> dict[str, str]:
     row = rows[0]
     line = {name: row.get(name) for name in ("method", "variant", "images", "epochs", "batch")}
     line["labels"] = "" if row["fraction"] == 1 else f"{row['fraction']:.0%}"
-    line["network"] = row["arch"] + ("" if row["view"] is None else f", {row['view']} px views")
+    line["network"] = f"{row['arch']}, {row['stem']} stem"
+    line["pixels"] = f"{row.get('size')}" + (f", views {row['view']}" if row["view"] else "")
     if row["split"] != "test":
         line["variant"] += f" ({row['split']} split)"
     if row.get("pretrained_on") not in (None, row["dataset"]):
@@ -150,7 +155,7 @@ def table_line(rows: list[dict]) -> dict[str, str]:
 def table(rows: list[dict]) -> str:
     """One Markdown table a data set, the published numbers of its methods in italics below."""
     text = []
-    settings = tuple(key for key in LINE if key not in ("method", "variant")) + ("seed",)
+    settings = (*SETTINGS, "seed")
     rows = sorted(rows, key=lambda row: row["method"] != "random")  # the untrained network first
     for (dataset,), part in group(rows, ("dataset",)).items():
         plain = {key: same[0] for key, same in group(part, (*settings, "variant")).items()}

@@ -1,21 +1,20 @@
 """How fast a training step is, against the floor of its own network: `make bench`.
 
-    python tests/bench.py                                         # the recipe of this machine, every method
+    python tests/bench.py                                         # the recipe of this machine, each method
     python tests/bench.py --methods simclr npid --recipe cifar --out results/bench/steps.jsonl
-    python tests/bench.py --methods study                         # aug_study's eight
     python tests/bench.py --photos DIR                            # images/s of decoding, map, augmentation
 
 step: a step of the real training loop, all between two updates included, on images of `shapes`.
 floor: forward and backward of the same network on as many resident random views at the same precision, and
-the target network's forward where there is one; no loss, fusion, bank or optimizer. Steps and floors take
-turns, so that a machine's drift cancels (ten of each on a GPU, with a wait at their end alone); the ratio is
-the median over neighbours. The split is of a second pass that waits for the device around every part.
+the target network's forward where there is one. Steps and floors take turns, so that a machine's drift
+cancels (ten of each on a GPU, with a wait at their end alone); the ratio is the median over neighbours.
+The split is of a second pass that waits for the device around every part.
 """
 import argparse
 import collections
 import contextlib
-import functools
 import importlib
+import itertools
 import json
 import pathlib
 import statistics
@@ -28,17 +27,17 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import aug_study  # noqa: E402
+import bassl  # noqa: E402
 import common  # noqa: E402
 import npid_distill  # noqa: E402
 
 METHODS = {  # name -> script and flags
-    "bassl": ("bassl", ""), "npid": ("npid_distill", ""), "npid-ema": ("npid_distill", "--update ema"),
+    "bassl": ("bassl", ""),
+    "npid": ("npid_distill", ""),
     **{name: ("bassl", f"--layers 0 --framework {name}") for name in ("simclr", "moco", "byol", "simsiam")},
+    **{f"study-{name}": ("aug_study", f"--methods {name}") for name in aug_study.METHODS},
 }
-STUDY = {f"study-{name}": ("aug_study", f"--methods {name}") for name in aug_study.METHODS}
 BY = {"bassl": "framework", "npid_distill": "update", "aug_study": "methods"}
-LOSSES = ["nt_xent", "info_nce", "cosine_loss", "barlow_loss", "vicreg_loss", "swav_loss", "dino_loss",
-          "instance_ce", "sqrt_kl"]
 
 
 class Done(BaseException):
@@ -52,13 +51,13 @@ def wait(device: torch.device) -> float:
 
 
 def train_until(name: str, flags: list[str], after) -> None:
-    """The method's own train(), with after(run) at the end of every update, until that raises Done."""
-    script_name, own = (METHODS | STUDY)[name]
-    script = importlib.import_module(script_name)
+    """The method's own train(), with after(run, n) after update n, from -3, until that raises Done."""
+    script_name, own = METHODS[name]
+    script, updates = importlib.import_module(script_name), itertools.count(-3)
 
     def optimise(run, loss, optimise=common.Run.optimise):
         optimise(run, loss)
-        after(run)
+        after(run, next(updates))
 
     with tempfile.TemporaryDirectory() as out, mock.patch.object(common.Run, "optimise", optimise):
         every = [*flags, *own.split(), "--epochs", "1000", "--knn-every", "0", "--out", out]
@@ -96,45 +95,41 @@ def floor(run: common.Run):
     return one_step
 
 
-def step_and_floor(name: str, flags: list[str], count: int) -> tuple[common.Run, list[float], list[float]]:
-    """Seconds of a step and of its floor, side by side, `count` times."""
-    steps, floors, state = [], [], {"n": -4}
+def step_and_floor(name: str, flags: list[str], count: int = 10) -> tuple[common.Run, list]:
+    """The run, and pairs of seconds: a step, and its floor right after it."""
+    pairs, state = [], {}
 
-    def after(run):
+    def after(run, n):
         block = 10 if run.device.type == "cuda" else 1
-        state["n"] += 1
-        if state["n"] == 0:  # three steps to warm up
+        if n == 0:
             state.update(run=run, floor=floor(run))
             state["floor"]()
-            state["began"] = wait(run.device)
-        elif state["n"] > 0 and state["n"] % block == 0:
+        elif n > 0 and n % block == 0:
             middle = wait(run.device)
             for _ in range(block):
                 state["floor"]()
-            steps.append((middle - state["began"]) / block)
+            pairs.append(((middle - state["began"]) / block, (wait(run.device) - middle) / block))
+        if n >= 0 and n % block == 0:
             state["began"] = wait(run.device)
-            floors.append((state["began"] - middle) / block)
-            if len(steps) == count:
-                raise Done
+        if len(pairs) == count:
+            raise Done
 
     train_until(name, flags, after)
-    return state["run"], steps, floors
+    return state["run"], pairs
 
 
-def split(name: str, flags: list[str], count: int) -> dict[str, float]:
-    """Percent of a step by part; what is inside another part counts for the inner one."""
-    seconds, inner, state, device = collections.Counter(), [], {"n": -3}, common.pick_device("auto")
+def split(name: str, flags: list[str], count: int = 10) -> dict[str, float]:
+    """Percent of a step by part; a loss inside the network's forward counts for the network."""
+    seconds, began, device = collections.Counter(), [], common.pick_device("auto")
+    parts = {(common.BatchAugment, "forward"): "augmentation", (torch.Tensor, "backward"): "network",
+             (bassl, "fuse_views"): "fusion", (npid_distill, "cutmix"): "augmentation",
+             (npid_distill.MemoryBank, "in_play"): "bank", (npid_distill.MemoryBank, "update"): "bank"}
 
     def timed(part, function):
-        @functools.wraps(function)
         def wrapper(*args, **options):
-            began = wait(device)
-            inner.append(0.0)
+            start = wait(device)
             result = function(*args, **options)
-            spent = wait(device) - began
-            seconds[part] += spent - inner.pop()
-            if inner:
-                inner[-1] += spent
+            seconds[part] += wait(device) - start
             return result
         return wrapper
 
@@ -143,45 +138,31 @@ def split(name: str, flags: list[str], count: int) -> dict[str, float]:
         trained(run).forward = timed("network", trained(run).forward)
         run.optimizer.step = timed("optimizer", run.optimizer.step)
 
-    def batches(self, *args, batches=common.ImageSet.batches):
-        following = timed("data", functools.partial(next, batches(self, *args), None))
-        yield from iter(following, None)
-
-    def after(run):
-        state["n"] += 1
-        if state["n"] == 0:
+    def after(run, n):
+        if n == 0:
             seconds.clear()
-            state["began"] = wait(device)
-        elif state["n"] == count:
-            state["whole"] = wait(device) - state["began"]
+            began.append(wait(device))
+        elif n == count:
+            seconds["rest"] = wait(device) - began[0] - sum(seconds.values())
             raise Done
 
-    script = importlib.import_module((METHODS | STUDY)[name][0])
-    targets = [("augmentation", common.BatchAugment, "forward"), ("network", torch.Tensor, "backward")]
-    targets += [("loss", script, loss) for loss in LOSSES if hasattr(script, loss)]
-    if script is npid_distill:
-        targets += [("augmentation", script, "cutmix"), ("bank", script.MemoryBank, "in_play")]
-        targets += [("bank", script.MemoryBank, "update")]
-    elif script.__name__ == "bassl":
-        targets.append(("fusion", script, "fuse_views"))
     with contextlib.ExitStack() as patches:
-        for part, owner, key in targets:
-            patches.enter_context(mock.patch.object(owner, key, timed(part, getattr(owner, key))))
         patches.enter_context(mock.patch.object(common.Run, "start", start))
-        patches.enter_context(mock.patch.object(common.ImageSet, "batches", batches))
+        for (owner, key), part in parts.items():
+            patches.enter_context(mock.patch.object(owner, key, timed(part, getattr(owner, key))))
         train_until(name, flags, after)
-    seconds["rest"] = state["whole"] - sum(seconds.values())
-    return {f"{part} %": round(100 * spent / state["whole"], 1) for part, spent in seconds.most_common()}
+    whole = sum(seconds.values())
+    return {f"{part} %": round(100 * spent / whole, 1) for part, spent in seconds.most_common()}
 
 
-def bench_method(name: str, flags: list[str], count: int) -> dict:
-    run, steps, floors = step_and_floor(name, flags, count)
-    ratio = statistics.median(least / step for step, least in zip(steps, floors))
-    step, least = statistics.median(steps), statistics.median(floors)
-    network = f"{run.cfg.arch}, {run.stem} stem, {run.view} px"
-    return {"method": name, "network": network, "batch": run.cfg.batch,
-            "images_per_s": round(run.cfg.batch / step, 1), "step_ms": round(1e3 * step, 2),
-            "floor_ms": round(1e3 * least, 2), "floor/step": round(ratio, 3), **split(name, flags, count),
+def bench_method(name: str, flags: list[str]) -> dict:
+    run, pairs = step_and_floor(name, flags)
+    step, least = (statistics.median(seconds) for seconds in zip(*pairs))
+    ratio = statistics.median(floor / step for step, floor in pairs)
+    return {"method": name, "network": f"{run.cfg.arch}, {run.stem} stem, {run.view} px",
+            "batch": run.cfg.batch, "images_per_s": round(run.cfg.batch / step, 1),
+            "step_ms": round(1e3 * step, 2), "floor_ms": round(1e3 * least, 2),
+            "floor/step": round(ratio, 3), **split(name, flags),
             "device": common.device_name(run.device), "precision": str(run.dtype).removeprefix("torch.")}
 
 
@@ -197,8 +178,6 @@ def bench_photos(folder: str, batch: int, device: torch.device) -> list[dict]:
                      "device": common.device_name(device), "precision": "float32"})
         return result
 
-    some = files[:100]
-    stage("decode, one thread", len(some), lambda: [common.decode(file, stored) for file, _ in some])
     with tempfile.TemporaryDirectory() as cache:
         args = (files, classes, stored, pathlib.Path(cache) / "photos", 0)
         photos = stage("decode into the map, a thread a core", len(files), lambda: common.decoded(*args))
@@ -210,31 +189,23 @@ def bench_photos(folder: str, batch: int, device: torch.device) -> list[dict]:
     return rows
 
 
-def parser() -> argparse.ArgumentParser:
+def main() -> None:
+    device = common.pick_device("auto")
+    usual = "cifar" if device.type == "cuda" else "small"
     it = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    it.add_argument("--methods", nargs="+", choices=[*METHODS, *STUDY, "study"], default=[*METHODS],
-                    metavar="NAME", help=", ".join([*METHODS, *STUDY, "study (these eight)"]))
-    it.add_argument("--recipe", choices=["auto", "small", "cifar"], default="auto")
+    it.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
+    it.add_argument("--recipe", choices=["small", "cifar"], default=usual)
     it.add_argument("--batch", type=int, default=0, help="0 = the recipe's")
-    it.add_argument("--steps", type=int, default=10, help="pairs of step and floor; on a GPU tens of them")
     it.add_argument("--photos", default="", metavar="DIR", help="photos: stages in place of steps")
     it.add_argument("--out", default="", metavar="FILE", help="append the rows to this .jsonl file")
-    return it
-
-
-def main() -> None:
-    args = parser().parse_args()
-    device = common.pick_device("auto")
-    recipe = ("cifar" if device.type == "cuda" else "small") if args.recipe == "auto" else args.recipe
-    flags = ["--recipe", recipe] + (["--batch", str(args.batch)] if args.batch else [])
-    names = [name for word in args.methods for name in (STUDY if word == "study" else [word])]
+    args = it.parse_args()
+    flags = ["--recipe", args.recipe] + (["--batch", str(args.batch)] if args.batch else [])
     rows = bench_photos(args.photos, args.batch or 128, device) if args.photos else \
-        (bench_method(name, flags, args.steps) for name in names)
+        (bench_method(name, flags) for name in args.methods)
     for row in rows:
         hidden = ("device", "precision", "network")
         print(", ".join(f"{key} {value}" for key, value in row.items() if key not in hidden), flush=True)
         if args.out:
-            pathlib.Path(args.out).parent.mkdir(parents=True, exist_ok=True)
             with open(args.out, "a") as file:
                 file.write(json.dumps(row | common.origin()) + "\n")
 

@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import aug_study
-import bassl
 import common
-from aug_study import (AUGMENTATIONS, METHODS, Cell, Template, barlow_loss, cell_of, dino_loss, effects, mlp,
-                       sinkhorn, swav_loss, switched, vicreg_loss)
+from aug_study import (METHODS, Cell, Template, barlow_loss, dino_loss, effects, mlp, sinkhorn,
+                       swav_loss, switched, vicreg_loss)
 from conftest import (ROOT, TINY, Small, assert_dying_changes_nothing, assert_works_alone, parsed, read_log,
                       run_script)
 from test_bassl import assert_compiles_once
@@ -40,29 +39,6 @@ def test_a_function_that_stands_in_several_files_is_the_same_in_all():
     assert all(ours[name] == theirs[name] for name in {*ours} & {*theirs})
     ours, theirs = (functions(script, False) for script in ("bassl.py", "npid_distill.py"))
     assert {*ours} & {*theirs} == {"in_float32"} and ours["in_float32"] == theirs["in_float32"]
-
-
-@pytest.mark.parametrize("name", ["simclr", "moco", "byol", "simsiam"])
-def test_a_method_that_stands_in_two_files_has_one_recipe_one_loss_and_one_gradient(name):
-    for recipe, data in (("small", "cifar10"), ("cifar", "cifar100"), ("imagenet", "imagenet100")):
-        flags = ["--recipe", recipe, "--dataset", data]
-        ours = vars(parsed(bassl, "--framework", name, *flags))
-        theirs = vars(parsed(aug_study, "--methods", name, *flags))
-        different = {key for key in {*ours} & {*theirs} if ours[key] != theirs[key]}
-        assert different == {"momentum"}                               # the study's is a switch
-    torch.manual_seed(0)
-    one = bassl.make_framework(parsed(bassl, "--framework", name), Small(), bassl.identity)
-    cfg = parsed(aug_study, "--methods", name)
-    torch.manual_seed(0)
-    other = Template(Small(), METHODS[name], cfg.temperature, cfg.queue, cfg.momentum_end)
-    for progress in (0.0, 0.5):  # the second meets a queue and a target that have moved
-        views = torch.randn(8, 3, 8, 8)
-        losses = one(*views.chunk(2)), other(views)
-        torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-6)
-        gradients = [torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
-                     for loss, model in zip(losses, (one, other))]
-        torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
-        one.after_step(progress), other.after_step(progress)
 
 
 @pytest.mark.parametrize("dim", [5, 70])  # fewer columns than rows, and more
@@ -117,13 +93,6 @@ def template(name, predictor="default", momentum="default", queue=64):
     return Template(Small(), switched(name, predictor, momentum), queue=queue)
 
 
-def test_dinos_centre_moves_by_its_rate():
-    model = template("dino")
-    model(torch.randn(8, 3, 8, 8))
-    model.after_step(0.0)
-    torch.testing.assert_close(model.center, 0.1 * model.keys.mean(0, keepdim=True))
-
-
 SWITCHED = [("simclr", "on", "default"), ("simclr", "default", "on"), ("barlow", "on", "on"),
             ("moco", "on", "off"), ("byol", "off", "off")]
 SWITCHED += [(name, "default", "default") for name in METHODS]
@@ -175,26 +144,9 @@ def test_a_step_runs_on_cuda_tensors_and_compiles_whole_and_once(name, monkeypat
         assert loss.device.type == "cuda" and loss.dtype == torch.float32
 
 
-@pytest.mark.parametrize("aug", AUGMENTATIONS)
-def test_every_augmentation_trains(aug, tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "resnet", Small)
-    flags = ["--limit", 16, "--augs", aug, "--epochs", 1, "--out", tmp_path]
-    aug_study.train(parsed(aug_study, *TINY, *flags))
-    assert math.isfinite(read_log(tmp_path)[-1]["loss"])
-
-
-def test_views_are_blurred_above_64_pixels_alone_and_local_ones_have_swavs_share_but_at_least_ten():
-    image = torch.rand(64, 3, 80, 80, generator=common.seeded(0))
-
-    def roughness(size):
-        views = aug_study.make_augments("byol", size, 64)
-        return [augment(image, common.seeded(0))[:, 0].diff(dim=2).abs().mean() for augment in views[:2]]
-    (first, second), (still, _) = roughness(65), roughness(64)
-    assert first < 0.6 * second and first < 0.6 * still  # all of the first, a tenth of the second
-    for aug in AUGMENTATIONS:
-        assert not any(augment.blur_p for augment in aug_study.make_augments(aug, 64, 64))
-    for view, size in ((16, 10), (32, 14), (224, 96)):
-        assert aug_study.make_augments("multicrop", view, view)[2].size == size == aug_study.local_size(view)
+def test_views_of_up_to_64_pixels_are_not_blurred_and_byols_two_above_differ():
+    for size, want in ((64, [0, 0, 0]), (65, [1, 0.1])):
+        assert [view.blur_p for view in aug_study.make_augments("byol", size, 64)][:len(want)] == want
 
 
 class Narrow(nn.Sequential):
@@ -259,13 +211,6 @@ def test_a_pair_with_a_missing_cell_is_left_out_not_averaged_over():
     assert row["per_seed"] == pytest.approx([2, 2])
 
 
-def test_a_switched_run_pairs_with_a_methods_own_row():
-    own = {"methods": "byol", "augs": "", "arch": "resnet10", "predictor": "default", "momentum": "default"}
-    cell = Cell("byol", "byol", "resnet10", "on", "on")
-    assert cell == cell_of(own) == cell_of(own | {"augs": "byol", "momentum": "on"})
-    assert dataclasses.replace(cell, momentum="off") == cell_of(own | {"momentum": "off"})
-
-
 def test_the_effects_of_a_file_of_rows_are_a_table_and_of_another_file_an_error_of_one_line(tmp_path, capsys):
     study, runs = tmp_path / "study.jsonl", [("", 0, 60), ("", 1, 62), ("byol", 0, 63), ("byol", 1, 64.0)]
     rows = [{"config": vars(parsed(aug_study, *TINY, "--augs", augs)), "seed": seed, "probe_top1": value,
@@ -274,9 +219,8 @@ def test_the_effects_of_a_file_of_rows_are_a_table_and_of_another_file_an_error_
     status, out, err = run_script(ROOT / "aug_study.py", "--effects", study, cwd=tmp_path)
     assert (status, err) == (0, "")
     assert "| BYOL's augmentations over SimCLR's | +2.50 ± 0.71 | 1 x 2 | +2.3 |" in out.splitlines()
-    of_another_script = json.dumps(rows[0] | {"config": {"framework": "simclr"}})
-    for text in ("words", "3", '{"seed": 0}', of_another_script, None):
-        study.unlink() if text is None else study.write_text(f"{text}\n")
+    for text in ("words", '{"seed": 0}', json.dumps(rows[0] | {"config": {"framework": "simclr"}})):
+        study.write_text(f"{text}\n")
         with pytest.raises(SystemExit) as end, common.one_line_errors():
             aug_study.print_effects(str(study))
         out, err = capsys.readouterr()

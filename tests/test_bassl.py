@@ -64,31 +64,11 @@ def test_fusion_starts_as_the_identity_and_all_of_it_learns_once_a_gate_is_open(
     assert all(p.grad.abs().sum() > 0 for p in fusion.parameters())
 
 
-@pytest.mark.parametrize("gate", [0.0, 0.3])
-def test_an_image_depends_on_the_others_exactly_when_a_gate_is_open(gate):
-    fusion, x = opened(), torch.randn(6, 3, 8, 8)
-    fusion.hold(gate)
-    other = x.clone()
-    other[4] += 1
-    assert torch.equal(fusion(x)[0], fusion(other)[0]) == (gate == 0)
-
-
 def test_an_order_is_applied_before_and_undone_after():
     fusion, x, order = opened(), torch.randn(6, 3, 8, 8), torch.tensor([2, 0, 1, 5, 3, 4])
     want = torch.empty_like(x)
     want[order] = fusion(x[order])
     assert torch.equal(fusion(x, order), want) and not torch.allclose(want, fusion(x))
-
-
-@pytest.mark.parametrize("numbers, call", [
-    ("5.*32", lambda: BatchFusion(8, 32, patch=5)), ("kernel 2", lambda: BatchFusion(8, 32, kernel=2)),
-    ("4.*8", lambda: BatchFusion(8, 32)(torch.zeros(4, 3, 32, 32))),
-    ("16.*32", lambda: BatchFusion(8, 32)(torch.zeros(8, 3, 16, 16))),
-    ("3.*8 x 8", lambda: patch_partition(torch.zeros(1, 3, 8, 8), 3)),
-    ("16 pixels", lambda: patch_restore(torch.zeros(1, 4, 48), 4, 3, 16))])
-def test_wrong_sizes_are_refused_with_the_numbers(numbers, call):
-    with pytest.raises(ValueError, match=numbers):
-        call()
 
 
 def test_the_views_of_the_leak_free_kinds_share_no_rows_of_the_convolution():
@@ -99,20 +79,15 @@ def test_the_views_of_the_leak_free_kinds_share_no_rows_of_the_convolution():
     assert not torch.allclose(*views["shuffled"])
 
 
-def test_the_adversary_climbs_the_loss():
-    x, target, losses = torch.randn(6, 3, 8, 8), torch.randn(6, 3, 8, 8), []
+def test_the_adversarys_convolutions_get_the_opposite_gradient():
+    x, gradients = torch.randn(6, 3, 8, 8), []
     for adversarial in (False, True):
         fusion = opened()
-        start = F.mse_loss(fusion(x), target).item()
         if adversarial:
             fusion.make_adversarial()
-        optimizer = torch.optim.SGD(fusion.convs.parameters(), 0.1)
-        for _ in range(30):
-            optimizer.zero_grad()
-            F.mse_loss(fusion(x), target).backward()
-            optimizer.step()
-        losses.append(F.mse_loss(fusion(x), target).item())
-    assert losses[0] < start < losses[1]
+        fusion(x).square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in fusion.convs.parameters()]))
+    assert torch.equal(gradients[0], -gradients[1]) and (gradients[0] != 0).any()
 
 
 def test_losses_equal_their_loops_whatever_the_scale():

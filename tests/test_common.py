@@ -1,9 +1,8 @@
 """Augmentation against torchvision's own, sample by sample; backbones, LARS, checkpoints, neighbours."""
 import math
 import os
-import warnings
+import random
 
-import numpy as np
 import pytest
 import torch
 import torchvision
@@ -28,16 +27,6 @@ def uniforms(n, columns=common.UNIFORMS):
     return torch.rand(n, columns, generator=common.seeded("uniforms"))
 
 
-@pytest.mark.parametrize("size", [16, 64], ids=["down", "up"])
-def test_crop_resize_and_flip_equal_torchvision(size):
-    boxes = [[0, 0, 40, 40], [3, 5, 30, 11], [10, 0, 7, 40], [39, 39, 1, 1], [0, 20, 33, 20], [7, 13, 21, 22]]
-    flip = torch.tensor([False, True] * 3)
-    got = common.resized_crop(BATCH, *torch.tensor(boxes).T, flip, size)
-    for i, box in enumerate(boxes):
-        want = TF.resized_crop(BATCH[i], *box, [size, size], antialias=True)
-        assert (got[i] - (TF.horizontal_flip(want) if flip[i] else want)).abs().max() < TINY_ERROR
-
-
 @pytest.mark.parametrize("what", range(4), ids=["brightness", "contrast", "saturation", "hue"])
 def test_a_colour_operation_equals_torchvision(what):
     batch = BATCH.clone()
@@ -47,16 +36,6 @@ def test_a_colour_operation_equals_torchvision(what):
     got = common.adjust(batch, what, strength[:, None, None, None])
     for i, s in enumerate(strength.tolist()):
         assert (got[i] - THEIRS[what](batch[i], s + (what < 3))).abs().max() < TINY_ERROR, s
-
-
-@pytest.mark.parametrize("radius", [1, 4])
-def test_grayscale_and_blur_equal_torchvision(radius):
-    assert (common.grayscale(BATCH) - TF.rgb_to_grayscale(BATCH)).abs().max() < TINY_ERROR
-    sigma, on = torch.tensor([0.1, 0.3, 0.7, 1.0, 1.5, 2.0]), torch.arange(6) != 2
-    got = common.gaussian_blur(BATCH, sigma[:, None], on[:, None], common.blur_basis(radius, 40))
-    for i in range(6):
-        want = TF.gaussian_blur(BATCH[i], [2 * radius + 1] * 2, [sigma[i].item()] * 2) if on[i] else BATCH[i]
-        assert (got[i] - want).abs().max() < TINY_ERROR
 
 
 def box_by_hand(u, height, width, aspect, scale):
@@ -72,55 +51,30 @@ def box_by_hand(u, height, width, aspect, scale):
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-@pytest.mark.parametrize("aspects", [None, (0.5, 0.75, 1.0, 1.5, 2.5)], ids=["as they are", "squashed"])
-def test_the_whole_augmentation_equals_torchvision_operator_by_operator(aspects):
+@pytest.mark.parametrize("view, kernel, aspects", [(32, 3, None), (80, 9, (0.5, 0.75, 1.0, 1.5, 2.5))],
+                         ids=["as they are", "squashed"])
+def test_the_whole_augmentation_equals_torchvision_and_autocast_changes_nothing(view, kernel, aspects):
     """The same uniforms, read here by a loop over samples that knows nothing of batches."""
-    augment = BatchAugment(32, blur_p=0.5, solarize_p=0.3)
+    augment = BatchAugment(view, blur_p=0.5, solarize_p=0.3)
     images, u, order = photos(40, 48, 40 if aspects is None else 48), uniforms(40), [2, 0, 3, 1]
     aspect = None if aspects is None else torch.tensor(aspects).repeat(8)
-    got = augment.apply(images, u, order, aspect) * augment.std[:, None, None] + augment.mean[:, None, None]
+    got = augment.apply(images, u, order, aspect)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(augment.apply(images, u, order, aspect), got)
+    got = got * augment.std[:, None, None] + augment.mean[:, None, None]
     for i in range(40):
         box = box_by_hand(u[i], *images.shape[2:], 1.0 if aspect is None else aspect[i].item(), (0.2, 1.0))
-        x = TF.resized_crop(images[i].float() / 255, *box, [32, 32], antialias=True)
+        x = TF.resized_crop(images[i].float() / 255, *box, [view, view], antialias=True)
         x = TF.horizontal_flip(x) if u[i, 22] < 0.5 else x
         if u[i, 23] < 0.8:
             for k in order:
                 x = THEIRS[k](x, ((2 * u[i, 24 + k] - 1) * (0.4, 0.4, 0.4, 0.1)[k]).item() + (k < 3))
         x = TF.rgb_to_grayscale(x, 3) if u[i, 28] < 0.2 else x
-        x = TF.gaussian_blur(x, [3, 3], [(0.1 + 1.9 * u[i, 30]).item()] * 2) if u[i, 29] < 0.5 else x
+        if u[i, 29] < 0.5:
+            x = TF.gaussian_blur(x, [kernel, kernel], [(0.1 + 1.9 * u[i, 30]).item()] * 2)
         x = TF.solarize(x, 0.5) if u[i, 31] < 0.3 else x
         wrong = (got[i] - x).abs() > TINY_ERROR
         assert wrong.float().mean() < 1e-3, i  # within rounding of solarize's threshold either side is right
-
-
-def test_a_sample_alone_equals_the_same_in_a_batch_and_autocast_changes_nothing():
-    augment, order = BatchAugment(32, blur_p=0.5, solarize_p=0.2), [3, 1, 0, 2]
-    images, u, aspect = photos(8, 48, 48), uniforms(8), torch.linspace(0.5, 2, 8)
-    together = augment.apply(images, u, order, aspect)
-    for i in range(8):
-        alone = augment.apply(images[i:i + 1], u[i:i + 1], order, aspect[i:i + 1])[0]
-        assert ((alone - together[i]).abs() > 5 * TINY_ERROR).float().mean() < 1e-3, i
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = augment.apply(images, u, order, aspect)
-    assert inside.dtype == torch.float32 and torch.equal(inside, together)
-
-
-def test_crop_boxes_are_as_large_as_torchvisions_and_stay_inside():
-    u, draw = uniforms(20_000, 22), torchvision.transforms.RandomResizedCrop.get_params
-    top, left, h, w = BatchAugment(32, scale=(0.2, 1.0)).boxes(u, 100, 80)
-    assert min(top.min(), left.min()) == 0 and (top + h).max() == 100 and (left + w).max() == 80
-    assert 0.19 < (h * w / 8000).min() and 0.73 < (w / h).min() and (w / h).max() < 1.37
-    theirs = [math.prod(draw(torch.empty(3, 100, 80), [0.2, 1.0], [3 / 4, 4 / 3])[2:]) for _ in range(3000)]
-    assert abs((h * w).mean().item() - np.mean(theirs)) < 0.02 * 8000
-    narrow = BatchAugment(32, scale=(1.0, 1.0)).boxes(u[:4], 100, 10)    # nothing fits: the centred fallback
-    assert [v[0].item() for v in narrow] == [43, 0, 13, 10]
-
-
-def test_views_depend_on_the_generator_alone():
-    augment, images = BatchAugment(32), photos(4, 32, 32)
-    a, b, c = (augment(images, common.seeded("views", 0, step), views=2) for step in (7, 7, 8))
-    assert torch.equal(a, b) and not torch.equal(a, c)
-    assert not torch.equal(a[:4], a[4:])
 
 
 def test_augmentation_runs_on_cuda_tensors_without_touching_the_host():
@@ -131,13 +85,6 @@ def test_augmentation_runs_on_cuda_tensors_without_touching_the_host():
             images, u = torch.zeros(8, 3, 40, 40, dtype=torch.uint8), torch.rand(8, common.UNIFORMS)
         for views in (augment.apply(images, u, [0, 1, 2, 3], aspect), common.center_view(images, 32, aspect)):
             assert views.device.type == "cuda" and views.shape == (8, 3, 32, 32)
-
-
-def test_shapes_are_the_same_for_the_same_seed_and_balanced():
-    draw = common.draw_shapes.__wrapped__                             # conftest keeps what was drawn
-    x, y = draw(200, 3)
-    assert torch.equal(x, draw(200, 3)[0]) and not torch.equal(x, draw(200, 4)[0])
-    assert y.bincount().tolist() == [20] * 10 and x.dtype == torch.uint8 and x.shape == (200, 3, 32, 32)
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50"])
@@ -171,26 +118,16 @@ def test_lars_equals_its_formula_and_is_clipped_at_the_global_rate():
     assert clipped == [False, True, False, True]
 
 
-def test_the_schedule_warms_up_to_one_and_ends_at_zero():
-    values = [common.cosine(step, 100, 10) for step in range(100)]
-    assert values[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
-    assert values[10:] == pytest.approx([0.5 * (1 + math.cos(math.pi * i / 90)) for i in range(90)])
-    assert common.cosine(0, 1, 0) == 1
-
-
 def test_spectrum_knows_a_collapse():
     draw = common.seeded("spectrum")
     spread_out = common.spectrum(torch.randn(2000, 16, generator=draw))
     assert spread_out["feature_std"] > 0.95 and spread_out["effective_rank"] > 15
     assert common.spectrum(1 + 1e-7 * torch.randn(100, 16, generator=draw))["feature_std"] < 0.01
     assert common.spectrum(torch.randn(500, 1, generator=draw).expand(-1, 16))["effective_rank"] < 1.5
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert common.spectrum(torch.ones(1, 16))["feature_std"] == 0
 
 
 def test_a_damaged_checkpoint_is_never_read_as_something_else(tmp_path):
-    path, rng = tmp_path / "checkpoint.pt", np.random.default_rng(0)
+    path, draw = tmp_path / "checkpoint.pt", random.Random(0)
     for n in (1, 2):
         with common.replacing(path, keep=True) as file:
             torch.save({"x": torch.arange(3000) + n, "n": n, "log": ["one", "two"]}, file)
@@ -202,9 +139,9 @@ def test_a_damaged_checkpoint_is_never_read_as_something_else(tmp_path):
         with pytest.raises(RunError, match="checkpoint.pt is damaged"):
             common.read_checkpoint(path)
     refused = 0
-    for bit in rng.integers(0, 8 * len(good), 200).tolist():
+    for _ in range(200):
         flipped = bytearray(good)
-        flipped[bit // 8] ^= 1 << (bit % 8)
+        flipped[draw.randrange(len(good))] ^= 1 << draw.randrange(8)
         path.write_bytes(flipped)
         try:
             same = common.read_checkpoint(path)  # a bit of the padding or of a time stamp

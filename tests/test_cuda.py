@@ -70,14 +70,6 @@ def test_images_that_are_read_ahead_into_pinned_memory_are_those_in_memory(tmp_p
     bassl.train(parsed(bassl, *flags, "--out", tmp_path / "far"))
     torch.use_deterministic_algorithms(False)
     same_run(tmp_path / "near", tmp_path / "far")
-    pixels, aspect = torch.arange(40 * 12).view(40, 3, 2, 2).to(torch.uint8), torch.rand(40)
-    images = common.ImageSet(pixels, torch.zeros(40, dtype=torch.long), ["a"], aspect=aspect).to(GPU)
-    assert images.pixels.device.type == "cpu"
-    order = list(torch.randperm(40).split(8))
-    for index, batch in zip(order, images.batches(order, GPU), strict=True):
-        assert all(part.is_cuda for part in batch)
-        for part, want in zip(batch, (pixels[index], aspect[index], index)):
-            assert torch.equal(part.cpu(), want)
 
 
 def test_a_compiled_backbone_is_compiled_once_and_gives_the_same_loss(tmp_path):
@@ -88,22 +80,6 @@ def test_a_compiled_backbone_is_compiled_once_and_gives_the_same_loss(tmp_path):
     assert compiled == pytest.approx(plain, rel=1e-2)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
     torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("name", ["sgd", "adamw", "lars"])
-def test_optimizers_step_as_on_a_cpu_fused_where_torch_has_it(name):
-    models = [torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.BatchNorm1d(5)) for _ in range(2)]
-    models[1].load_state_dict(models[0].state_dict())
-    models[1].to(GPU)
-    for model in models:
-        optimizer = common.make_optimizer(name, model, 0.1, 0.01, next(model.parameters()).device)
-        assert name == "lars" or optimizer.defaults["fused"]
-        for step in range(3):
-            for i, p in enumerate(model.parameters()):
-                p.grad = torch.randn(p.shape, generator=common.seeded(step, i)).to(p.device)
-            optimizer.step()
-    for a, b in zip(*(model.parameters() for model in models)):
-        torch.testing.assert_close(b.cpu(), a, rtol=1e-5, atol=1e-6)
 
 
 def test_a_loss_that_is_not_finite_is_never_saved_though_no_step_waits_for_it(tmp_path, monkeypatch):

@@ -1,7 +1,6 @@
 """Two processes under torchrun against one with the same global batch: losses, parameters, bank, queue."""
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -78,13 +77,6 @@ def test_two_processes_train_like_one(name, jobs):
     assert lines[1] == pytest.approx(lines[0], rel=1e-4)
 
 
-def test_the_gradient_of_a_gathered_tensor_flows_into_the_own_part(jobs):
-    whole = torch.arange(12.0, dtype=torch.float64).view(4, 3).requires_grad_()
-    (whole.sin().sum(1) * whole.square().sum(1).roll(1)).sum().backward()
-    parts = [torch.load(jobs / f"gradient-{rank}.pt") for rank in (0, 1)]
-    torch.testing.assert_close(torch.cat(parts), whole.grad)
-
-
 def test_a_batch_that_the_processes_do_not_divide_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(common, "world", lambda: 2)
     with pytest.raises(common.UsageError, match="--batch 15 is over all processes, and 2 do not divide it"):
@@ -111,31 +103,21 @@ def test_the_probe_of_two_processes_is_that_of_one_and_they_decode_once(tmp_path
         assert two[metric] == pytest.approx(one[metric], abs=2.6), metric  # one of 40 images
 
 
-def children(pid):
-    out = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
-    return [int(line) for line in out.split()]
-
-
-def test_a_stopped_job_saves_and_goes_on_and_a_killed_process_ends_it(tmp_path):
+def test_a_stopped_job_saves_and_goes_on(tmp_path):
     """Each process fuses its own part of a batch."""
-    flags = [*map(str, TINY), "--epochs", "5000", "--save-every", "1000", "--out", str(tmp_path)]
-
-    def end_by(number, victim):
-        log, began = tmp_path / "log.jsonl", time.time()
-        job = subprocess.Popen([*TORCHRUN, "bassl.py", *flags], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                               stderr=subprocess.STDOUT, env={**os.environ, **ALONE})
-        while not log.exists() or log.stat().st_mtime < began or len(log.read_text().splitlines()) < 4:
-            assert job.poll() is None, job.communicate()
-            time.sleep(0.1)
-        os.kill(victim(job.pid), number)
-        output, _ = job.communicate(timeout=120)
-        assert job.returncode != 0
-        return output
-
-    output = end_by(signal.SIGTERM, lambda pid: pid)
+    flags = [*TINY, "--epochs", "5000", "--save-every", "1000", "--out", str(tmp_path)]
+    log = tmp_path / "log.jsonl"
+    job = subprocess.Popen([*TORCHRUN, "bassl.py", *flags], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                           stderr=subprocess.STDOUT, env={**os.environ, **ALONE})
+    while not log.exists() or len(log.read_text().splitlines()) < 4:
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.1)
+    job.terminate()
+    output, _ = job.communicate(timeout=120)
     state = common.read_checkpoint(tmp_path / "checkpoint.pt")
-    assert f"stopped by SIGTERM; saved at step {state['step']} of 15000" in output and state["step"] >= 6
+    assert job.returncode != 0 and state["step"] >= 6
+    assert f"stopped by SIGTERM; saved at step {state['step']} of 15000" in output
     assert output.count("epoch 1/5000") == 1  # one process speaks
     assert state["model"]["fusion.convs.0.weight"].shape[:2] == (8, 8)
-    output = end_by(signal.SIGKILL, lambda pid: children(pid)[1])
-    assert f"resumed at step {state['step']}" in output
+    done = torchrun("bassl.py", *flags, "--minutes", "1e-9")
+    assert f"resumed at step {state['step']}" in done.stdout

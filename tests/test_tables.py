@@ -1,11 +1,8 @@
-"""Rows to tables: paired effects by hand, seeds, the control, and what says that a row is the history's."""
-import json
+"""Rows to tables: paired effects by hand, seeds, the control, published numbers, the committed page."""
 import math
 import shutil
-import subprocess
 import sys
 
-import numpy as np
 import pytest
 
 from conftest import ROOT
@@ -25,14 +22,6 @@ def cells(text):
     lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
     head, _, *lines = [[cell.strip() for cell in line] for line in lines]
     return [dict(zip(head, line)) for line in lines]
-
-
-def test_students_quantiles_leave_a_twentieth_outside():
-    for freedom, t in enumerate(tables.T_975, 1):
-        x = np.linspace(-t, t, 200_001)
-        density = (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
-        scale = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2) / math.sqrt(freedom * math.pi)
-        assert np.trapezoid(density, x) * scale == pytest.approx(0.95, abs=1e-3)
 
 
 def test_an_effect_is_the_mean_of_differences_within_a_seed_and_its_interval_students():
@@ -67,27 +56,6 @@ def test_published_numbers_stand_in_italics_below_and_wrong_files_are_named(tmp_
             tables.main(["--rows", str(tmp_path / "rows.jsonl")])
         said = capsys.readouterr().err + str(end.value.code)
         assert "rows.jsonl holds no result rows" in said
-
-
-def test_check_names_a_row_whose_script_is_not_in_the_history(tmp_path, monkeypatch):
-    def git(*words):
-        user = ["-c", "user.name=a", "-c", "user.email=a@b"]
-        return subprocess.check_output(["git", *user, *words], cwd=tmp_path, text=True).strip()
-
-    (tmp_path / "a.py").write_text("old")
-    git("init", "-q"), git("add", "."), git("commit", "-qm", "old")
-    old = git("hash-object", "a.py")
-    (tmp_path / "a.py").write_text("new")
-    git("commit", "-qam", "new")
-    monkeypatch.setattr(tables, "ROOT", tmp_path)
-    monkeypatch.setattr(tables, "HERE", tmp_path)
-    rows = [row(blobs={"a.py": old}), row(blobs={"a.py": "0" * 40}, variant="odd"), row(variant="nameless")]
-    for count, named in ((1, []), (3, ["odd", "nameless"])):
-        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[:count]))
-        with pytest.raises(SystemExit) as end:
-            tables.main(["--check"])
-        said = str(end.value.code or "")
-        assert bool(said) == bool(named) and all(f"rows.jsonl: bassl {name}" in said for name in named)
 
 
 @pytest.mark.skipif(not (ROOT / "results" / "README.md").exists(), reason="there is no results/README.md")
