@@ -227,6 +227,13 @@ def test_the_effects_of_a_file_of_rows_are_a_table_and_of_another_file_an_error_
         assert end.value.code == 2 and out == "" and err.count("\n") == 1 and str(study) in err
 
 
+def test_a_switched_run_pairs_with_a_methods_own_row():
+    own = {"methods": "byol", "augs": "", "arch": "resnet10", "predictor": "default", "momentum": "default"}
+    cell = Cell("byol", "byol", "resnet10", "on", "on")
+    assert cell == aug_study.cell_of(own) == aug_study.cell_of(own | {"augs": "byol", "momentum": "on"})
+    assert dataclasses.replace(cell, momentum="off") == aug_study.cell_of(own | {"momentum": "off"})
+
+
 def test_the_file_alone_gives_its_losses(tmp_path):
     code = "from aug_study import nt_xent, vicreg_loss; import torch; vicreg_loss(*torch.randn(2, 4, 3))"
     assert_works_alone("aug_study.py", code, tmp_path)

@@ -154,6 +154,13 @@ def test_hidden_files_are_ignored_and_a_folder_without_classes_is_pretrainable(t
     assert (tmp_path / "out" / "backbone.pt").exists()
 
 
+def test_views_of_square_images_do_not_change_by_one_bit():
+    x, u = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8), torch.rand(8, common.UNIFORMS)
+    augment, square = common.BatchAugment(32, blur_p=0.5), torch.ones(8)
+    assert torch.equal(augment.apply(x, u, [0, 1, 2, 3]), augment.apply(x, u, [0, 1, 2, 3], square))
+    assert torch.equal(common.center_view(x, 56), common.center_view(x, 56, square))
+
+
 def train(data, out, *flags):
     """A run of one epoch on a folder."""
     where = ["--dataset", "folder", "--data", data, "--cache", data.parent / "cache", "--out", out]

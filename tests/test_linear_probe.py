@@ -131,6 +131,17 @@ def test_a_probe_of_more_protocols_takes_the_place_of_the_row_that_had_fewer(bac
     assert len(rows_of(backbone.parent)) == 2
 
 
+def test_a_probe_that_dies_leaves_what_it_knew_in_the_row_that_is_completed_next(backbone, few, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(linear_probe, "knn", lambda *args: 1 / 0 if 20 in args[4:] else common.knn(*args))
+        with pytest.raises(ZeroDivisionError):
+            probe("--backbone", backbone, "--no-quick")
+    [half] = rows_of(backbone.parent)
+    assert "knn_top1" in half and "knn20_top1" not in half
+    row = probe("--backbone", backbone, "--no-quick")
+    assert rows_of(backbone.parent) == [row] and row["knn_top1"] == half["knn_top1"] and "knn20_top1" in row
+
+
 def test_held_out_never_asks_for_the_test_split_and_its_parts_are_disjoint(few):
     cfg = common.parse(linear_probe.Config, "", "--random --split held-out --size 16".split(), shared=object)
     linear_probe.fill_in(cfg, [])

@@ -7,8 +7,10 @@ import random
 import resource
 import signal
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import aug_study
 import bassl
@@ -135,6 +137,18 @@ def test_a_folder_of_another_run_is_refused_by_naming_what_differs(train):
         with pytest.raises(common.UsageError, match="is of bassl, not .*npid_distill"):
             train("out", "--dim", "8", script=npid_distill)
         (out / "checkpoint.pt").unlink(missing_ok=True)  # then the log alone says whose folder it is
+
+
+def test_another_folder_is_another_run_but_another_place_of_the_same_set_is_not(train, tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for i in range(4):
+            Image.fromarray(np.full((16, 16, 3), 60 * i, np.uint8)).save(tmp_path / name / f"{i}.png")
+    flags = f"--dataset folder --recipe cifar --batch 4 --cache {tmp_path}/cache --data".split()
+    train("out", *flags, tmp_path / "a")
+    with pytest.raises(common.UsageError, match="data .*a', not .*b'"):
+        train("out", *flags, tmp_path / "b")
+    train("shapes"), train("shapes", "--data", tmp_path / "b")
 
 
 def test_two_runs_on_one_folder_are_refused_while_the_first_is_alive(train, monkeypatch):
