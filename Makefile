@@ -1,5 +1,5 @@
-# Pretrain -> linear probe -> result table. `make` lists the targets. Every command resumes where it was interrupted,
-# says so when there is nothing left to do, and refuses a folder that was made with other flags.
+# Pretrain -> linear probe -> result table. `make` lists the targets. Every command resumes where it was
+# interrupted, says so when there is nothing left to do, and refuses a folder that was made with other flags.
 
 PYTHON  ?= .venv/bin/python
 DATA    ?= data
@@ -41,12 +41,13 @@ setup: $(ENV)
 
 demo: shapes
 $(SETS): $(ENV)
-	+@OMP_NUM_THREADS=$(HALF) $(MAKE) --no-print-directory -j$(SIDE) $(METHODS:%=$(OUT)/$@/%/probed) $(OUT)/$@/random/probed
+	+@OMP_NUM_THREADS=$(HALF) $(MAKE) --no-print-directory -j$(SIDE) \
+	  $(METHODS:%=$(OUT)/$@/%/probed) $(OUT)/$@/random/probed
 	@$(PYTHON) results/tables.py --rows $(patsubst %,$(OUT)/$@/%/results.jsonl,random $(METHODS))
-	@echo 'Files: $(OUT)/$@/{random,$(shell echo $(METHODS) | tr " " ",")}: log.jsonl, backbone.pt, results.jsonl'
+	@echo 'Files below $(OUT)/$@/, a folder a method: log.jsonl, backbone.pt, results.jsonl'
 
-# runs/cifar10/bassl/pretrained, .../probed: the set and the method are the names of the folders. No file has these
-# names: the scripts themselves know what is done.
+# runs/cifar10/bassl/pretrained, .../probed: the set and the method are the names of the folders. No file has
+# these names: the scripts themselves know what is done.
 set    = $(notdir $(patsubst %/,%,$(dir $(@D))))
 method = $(notdir $(@D))
 script = $(if $(filter bassl,$(method)),bassl.py,$(if $(filter npid,$(method)),npid_distill.py,$(if \

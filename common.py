@@ -194,13 +194,15 @@ def resolve(cfg, recipes: dict[str, dict], by: str) -> None:
 def show_recipes(recipes: dict[str, dict]) -> str:
     """The recipes for --help: a line a flag, a column a recipe; below, what differs by method or set."""
     columns = [key for key in recipes if " " not in key]
+    flag = {name: f"--{name.replace('_', '-')}" for values in recipes.values() for name in values}
     lines = [["recipe", *columns]]
     for name in dict.fromkeys(name for key in columns for name in recipes[key]):
-        lines.append([f"--{name.replace('_', '-')}", *(str(recipes[key].get(name, "")) for key in columns)])
+        lines.append([flag[name], *(str(recipes[key].get(name, "")) for key in columns)])
     text = ["".join(cell.ljust(16) for cell in line) for line in lines]
     for key in recipes:
         if key not in columns:
-            text.append(f"{key}: " + " ".join(f"--{name} {value}" for name, value in recipes[key].items()))
+            changes = [f"{flag[name]} {value}" for name, value in recipes[key].items()]
+            text.append(f"{key}: {' '.join(changes)}")
     return "\n".join(text)
 
 
