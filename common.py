@@ -10,7 +10,6 @@ import dataclasses
 import datetime
 import errno
 import fcntl
-import functools
 import hashlib
 import inspect
 import json
@@ -108,51 +107,46 @@ SIZES = {"shapes": 32, "cifar10": 32, "cifar100": 32, "tinyimagenet": 64,
 IMAGES = {"shapes": 10_000, "cifar10": 50_000, "cifar100": 50_000, "tinyimagenet": 100_000}
 
 
+def flag(name: str) -> str:
+    """knn_every -> --knn-every."""
+    return "--" + name.replace("_", "-")
+
+
 def parse(config_class: type, doc: str, argv: list[str] | None = None, shared: type = RunConfig,
           recipes: dict[str, dict] | None = None, by: str = ""):
     """Command line -> a dataclass with the fields of config_class and of shared; exits on wrong usage.
 
-    A field's trailing comment is its --help text. recipes, by: see resolve().
+    A field's trailing comment is its --help text. recipes, by: see resolve(), whose UsageError it raises.
     """
-    args_class, parser = _parser(config_class, shared)
-    parser.description, parser.epilog = doc, show_recipes(recipes or {})
-    cfg = args_class(**vars(parser.parse_args(argv)))
-    for name, value in vars(cfg).items():
+    parser = argparse.ArgumentParser(description=doc, epilog=show_recipes(recipes or {}), allow_abbrev=False,
+                                     usage="%(prog)s [flags]; --help lists them",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for title, owner in (("flags of this script", config_class), ("flags of every script", shared)):
+        group, hints = parser.add_argument_group(title), typing.get_type_hints(owner)
+        source = inspect.getsource(owner) if hints else ""
+        comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
+        for name, kind in hints.items():
+            default = getattr(owner, name)
+            shown = "recipe" if default is None else default
+            options = {"default": default, "help": f"{comments[name]} [{shown}]".replace("%", "%%")}
+            if type(None) in typing.get_args(kind):  # int | None -> int
+                kind = typing.get_args(kind)[0]
+            if kind is bool:
+                options["action"] = argparse.BooleanOptionalAction
+            elif typing.get_origin(kind) is Literal:
+                options["choices"] = typing.get_args(kind)
+            else:
+                options |= {"type": kind, "metavar": kind.__name__.upper()}
+            group.add_argument(flag(name), *ALIASES.get(name, []), **options)
+    args = parser.parse_args(argv)
+    for name, value in vars(args).items():
         least = 2 if name == "batch" else 0
         if isinstance(value, (int, float)) and not least <= value <= 2**53:  # refuses nan too
-            parser.error(f"--{name.replace('_', '-')} {value}: want a number from {least} up")
+            parser.error(f"{flag(name)} {value}: want a number from {least} up")
+    cfg = dataclass(type("Args", (config_class, shared), {}))(**vars(args))
     if recipes:
-        try:
-            resolve(cfg, recipes, by)
-        except UsageError as error:
-            parser.error(str(error))
+        resolve(cfg, recipes, by)
     return cfg
-
-
-@functools.cache
-def _parser(config_class: type, shared: type) -> tuple[type, argparse.ArgumentParser]:
-    args_class = dataclass(type("Args", (config_class, shared), {}))
-    parser = argparse.ArgumentParser(usage="%(prog)s [flags]; --help lists them", allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    own = parser.add_argument_group("flags of this script")
-    common = parser.add_argument_group("flags of every script")
-    hints, comments = typing.get_type_hints(args_class), {}
-    for base in args_class.__mro__[-2:0:-1]:
-        comments |= dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(base), re.M))
-    for field in dataclasses.fields(args_class):
-        kind, flags = hints[field.name], [f"--{field.name.replace('_', '-')}", *ALIASES.get(field.name, [])]
-        if type(None) in typing.get_args(kind):  # int | None -> int
-            kind = typing.get_args(kind)[0]
-        shown = "recipe" if field.default is None else field.default
-        options = {"default": field.default, "help": f"{comments[field.name]} [{shown}]".replace("%", "%%")}
-        if kind is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        elif typing.get_origin(kind) is Literal:
-            options["choices"] = typing.get_args(kind)
-        else:
-            options |= {"type": kind, "metavar": kind.__name__.upper()}
-        (own if field.name in config_class.__annotations__ else common).add_argument(*flags, **options)
-    return args_class, parser
 
 
 def prefers_small(dataset: str, device: str) -> bool:
@@ -194,16 +188,13 @@ def resolve(cfg, recipes: dict[str, dict], by: str) -> None:
 def show_recipes(recipes: dict[str, dict]) -> str:
     """The recipes for --help: a line a flag, a column a recipe; below, what differs by method or set."""
     columns = [key for key in recipes if " " not in key]
-    flag = {name: f"--{name.replace('_', '-')}" for values in recipes.values() for name in values}
-    lines = [["recipe", *columns]]
+    table = [["recipe", *columns]]
     for name in dict.fromkeys(name for key in columns for name in recipes[key]):
-        lines.append([flag[name], *(str(recipes[key].get(name, "")) for key in columns)])
-    text = ["".join(cell.ljust(16) for cell in line) for line in lines]
-    for key in recipes:
-        if key not in columns:
-            changes = [f"{flag[name]} {value}" for name, value in recipes[key].items()]
-            text.append(f"{key}: {' '.join(changes)}")
-    return "\n".join(text)
+        table.append([flag(name), *(str(recipes[key].get(name, "")) for key in columns)])
+    lines = ["".join(cell.ljust(16) for cell in line) for line in table]
+    for key in [key for key in recipes if key not in columns]:
+        lines.append(f"{key}: " + " ".join(f"{flag(name)} {value}" for name, value in recipes[key].items()))
+    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------------------ processes
@@ -233,6 +224,12 @@ def say(text: str) -> None:
     """print, from process 0 alone."""
     if rank() == 0:
         print(text, flush=True)
+
+
+def live(text: str) -> None:
+    """A line of progress that the next one replaces; nothing where no terminal shows it."""
+    if sys.stdout.isatty():
+        print(f"\r\033[K{text}", end="\r", flush=True)
 
 
 def gather(x: Tensor) -> Tensor:
@@ -334,15 +331,19 @@ def draw_shapes(n: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
 IN_MEMORY = 2 << 30  # bytes of pixels that move to the training device; a thread reads a larger set ahead
 
 
+@dataclass
 class ImageSet:
-    """Images of one split: pixels (M, 3, H, H) uint8, in memory or a mapped file; labels (N,) int64, -1 where
-    there is no class; classes, their names; rows (N,), where each image stands in pixels; aspect (N,), the
-    photos' width / height before they were squashed into H x H, None where all are square."""
+    """The images of one split."""
 
-    def __init__(self, pixels: Tensor, labels: Tensor, classes: list[str], rows: Tensor | None = None,
-                 aspect: Tensor | None = None):
-        self.pixels, self.labels, self.classes, self.aspect = pixels, labels, classes, aspect
-        self.rows = torch.arange(len(labels)) if rows is None else rows
+    pixels: Tensor                  # (M, 3, H, H) uint8, in memory or a mapped file
+    labels: Tensor                  # (N,) int64, -1 where there is no class
+    classes: list[str]              # their names
+    rows: Tensor | None = None      # (N,), where each image stands in pixels; None = in their order
+    aspect: Tensor | None = None    # (N,), width / height of photos squashed into H x H; None = all square
+
+    def __post_init__(self):
+        if self.rows is None:
+            self.rows = torch.arange(len(self.labels))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -357,14 +358,15 @@ class ImageSet:
         """On the device where the pixels fit, else as it is."""
         if self.pixels.nbytes > IN_MEMORY:
             return self
-        parts = (None if x is None else x.to(device) for x in (self.rows, self.aspect))
-        return ImageSet(self.pixels.to(device), self.labels.to(device), self.classes, *parts)
+        aspect = None if self.aspect is None else self.aspect.to(device)
+        return ImageSet(self.pixels.to(device), self.labels.to(device), self.classes, self.rows.to(device),
+                        aspect)
 
     def batches(self, order: list[Tensor], device: torch.device):
         """For each index (B,): images (B, 3, H, H) uint8, aspect (B,) or None, and index, on the device."""
         near = self.pixels.device.type == device.type and self.pixels.nbytes <= IN_MEMORY
 
-        def read(index: Tensor) -> list:
+        def read(index: Tensor) -> list[Tensor | None]:
             part = self.subset(index)
             parts = [self.pixels[part.rows], part.aspect, index.to(self.rows.device)]
             if near or device.type != "cuda":
@@ -407,15 +409,15 @@ def download_cifar(dataset: str, root: pathlib.Path, split: str, size: int) -> I
     """CIFAR through torchvision, which checks the published digests before it unpickles anything."""
     from torchvision import datasets
 
-    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[dataset]
+    load = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[dataset]
     try:
         try:
-            loaded = kind(str(root), train=split == "train")
+            loaded = load(str(root), split == "train")
         except RuntimeError:  # not there, or not whole
             root.mkdir(parents=True, exist_ok=True)
             with contextlib.redirect_stdout(sys.stderr), open(root / ".lock", "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # one process downloads, the others then find it there
-                loaded = kind(str(root), train=split == "train", download=True)
+                loaded = load(str(root), split == "train", download=True)
     except (OSError, RuntimeError) as error:
         raise RunError(f"no {dataset} in {root}, and the download failed ({error}). Either copy a downloaded "
                        f"folder there, or lay the images out as {root / dataset}/{{train,test}}/<class>/"
@@ -511,16 +513,16 @@ def decoded(files: Files, classes: list[str], size: int, path: pathlib.Path, wor
     It holds an aspect (float32) for each file, 0 = does not decode, then their pixels. The digest is of the
     files' names: a file that changes under the same name is not seen.
     """
-    digest = hashlib.sha256(b"\n".join(os.fsencode(file) for file, _ in files)).hexdigest()[:12]
-    store, count = path.with_name(f"{path.name}-{digest}.u8"), len(files)
-    total = count * (4 + 3 * size * size)
+    names, count = [file for file, _ in files], len(files)
+    digest = hashlib.sha256(b"\n".join(map(os.fsencode, names))).hexdigest()[:12]
+    store, total = path.with_name(f"{path.name}-{digest}.u8"), count * (4 + 3 * size * size)
     try:
         store.parent.mkdir(parents=True, exist_ok=True)
         if not store.exists():
             with open(store.with_suffix(".lock"), "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # a second run waits here until the first has made the map
                 if not store.exists():
-                    write_map([file for file, _ in files], size, store, workers)
+                    write_map(names, size, store, workers)
     except OSError as error:
         raise RunError(f"could not write {store} ({error.strerror}); see --cache") from None
     if store.stat().st_size != total:
@@ -528,9 +530,9 @@ def decoded(files: Files, classes: list[str], size: int, path: pathlib.Path, wor
     data = torch.from_file(str(store), size=total, dtype=torch.uint8)
     aspect = data[:4 * count].view(torch.float32).clone()
     rows = aspect.nonzero()[:, 0]
-    labels = torch.tensor([label for _, label in files])[rows]
-    aspect = None if (aspect[rows] == 1).all() else aspect[rows]
-    return ImageSet(data[4 * count:].view(count, 3, size, size), labels, classes, rows, aspect)
+    labels, aspect = torch.tensor([label for _, label in files])[rows], aspect[rows]
+    pixels = data[4 * count:].view(count, 3, size, size)
+    return ImageSet(pixels, labels, classes, rows, None if (aspect == 1).all() else aspect)
 
 
 def write_map(files: list[str], size: int, store: pathlib.Path, workers: int) -> None:
@@ -539,7 +541,7 @@ def write_map(files: list[str], size: int, store: pathlib.Path, workers: int) ->
     Files that do not decode are named and left out; above 1 % of them RunError, nothing written.
     """
     began, aspect, bad = time.monotonic(), np.zeros(len(files), np.float32), []
-    row, new, live = 3 * size * size, store.with_suffix(".tmp"), sys.stdout.isatty()
+    row, new = 3 * size * size, store.with_suffix(".tmp")
     new.unlink(missing_ok=True)  # of a run that was killed
     total, free = len(files) * (row + 4) / 1e9, shutil.disk_usage(store.parent).free / 1e9
     if total > free:
@@ -563,10 +565,10 @@ def write_map(files: list[str], size: int, store: pathlib.Path, workers: int) ->
                 list(pool.map(write_row, range((done - 1) // 1000 * 1000, done)))
                 rate = done / (time.monotonic() - began)
                 left = duration((len(files) - done) / rate)
-                if live or done % 20_000 == 0 or done == len(files):
-                    end = "" if live and done < len(files) else "\n"
-                    line = f"{done}/{len(files)} images, {rate:.0f}/s, {left} left"
-                    print("\r\033[K" * live + line, end=end, flush=True)
+                line = f"{done}/{len(files)} images, {rate:.0f}/s, {left} left"
+                live(line)
+                if done % 20_000 == 0 or done == len(files):
+                    print(line, flush=True)
                 if len(bad) > 0.01 * len(files):
                     raise RunError(f"{len(bad)} of {len(files)} images do not decode: {'; '.join(bad[:20])}")
             os.pwrite(file.fileno(), aspect.tobytes(), 0)
@@ -811,9 +813,7 @@ def features(encoder: nn.Module, images: ImageSet, size: int, device: torch.devi
     for index, (x, aspect, _) in zip(order, images.batches(parts, device)):
         x = center_view(x, size, aspect).contiguous(memory_format=torch.channels_last)
         rows.append(gather(encoder(x).float())[:len(index)])
-        if sys.stdout.isatty() and rank() == 0:
-            seen = int(index[-1]) + 1
-            print(f"\r\033[Kfeatures of {seen}/{len(images)} images", end="\r", flush=True)
+        live(f"features of {index[-1] + 1}/{len(images)} images")
     encoder.train(mode)
     return torch.cat(rows), images.labels.to(device)
 
@@ -883,13 +883,13 @@ def device_name(device: torch.device) -> str:
 
 def pick_dtype(amp: str, device: torch.device) -> torch.dtype:
     """The autocast type; float32 means none."""
+    if amp == "fp16" and device.type != "cuda":
+        raise UsageError(f"--amp fp16 needs a CUDA device, not {device.type}")
     if amp == "auto":
         native = device.type == "cpu" and cpu_info(r"\b((avx512_|amx_)?bf16)\b")
         if device.type == "cuda":
             native = torch.cuda.get_device_capability(device) >= (8, 0)
         amp = "bf16" if native else "off"
-    if amp == "fp16" and device.type != "cuda":
-        raise UsageError(f"--amp fp16 needs a CUDA device, not {device.type}")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
 
 
@@ -1056,11 +1056,9 @@ class Run:
         self.steps_per_epoch = len(images) // cfg.batch
         self.steps = self.steps_per_epoch * cfg.epochs
         self.lr = cfg.lr * cfg.batch / 256
-        self.epoch = self.step = 0
-        # Steps in a row without a finite loss, now and at most; on the device, so that none waits for it.
-        self.bad = self.worst = torch.zeros((), dtype=torch.long, device=self.device)
-        self.sums: dict[str, Tensor] = {}
-        self.seconds, self.stopping = 0.0, 0
+        self.epoch = self.step = self.stopping = 0
+        self.bad = torch.zeros((), dtype=torch.bool, device=self.device)  # whether a loss was not finite
+        self.seconds, self.sums = 0.0, {}  # of training in all; of this epoch's logged values
 
     def start(self, model: nn.Module, encoder: nn.Module, bank: nn.Module | None = None) -> None:
         """Move the modules to the device, make the optimizer, claim the folder, go on from its checkpoint.
@@ -1070,14 +1068,14 @@ class Run:
         cfg = self.cfg
         if world() > 1 and self.device.type == "cuda" and cfg.sync_bn:  # on CPUs each normalises its own part
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        self.model = model.to(self.device, memory_format=torch.channels_last)
-        self.encoder, self.bank = encoder, None if bank is None else bank.to(self.device)
+        self.model, self.encoder = model.to(self.device, memory_format=torch.channels_last), encoder
         self.optimizer = make_optimizer(cfg.optimizer, model, self.lr, cfg.wd, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        parts = {"model": self.model, "bank": self.bank, "optimizer": self.optimizer, "scaler": self.scaler}
-        self.parts = {name: part for name, part in parts.items() if part is not None}  # saved and restored
-        for module in filter(None, (self.model, self.bank)):
-            broadcast(module)
+        self.parts = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
+        if bank is not None:
+            self.parts["bank"] = bank.to(self.device)
+            broadcast(bank)
+        broadcast(self.model)
         if cfg.compile and not cfg.deterministic:
             encoder.compile()
         if cfg.preview:
@@ -1089,19 +1087,18 @@ class Run:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UsageError(f"{self.out} belongs to a run that is alive; choose another --out") from None
-        device, precision = device_name(self.device), str(self.dtype).removeprefix("torch.")
         size, encoder_size = (sum(p.numel() for p in m.parameters()) for m in (model, encoder))
         header = {"method": self.method, "variant": self.variant, "arch": cfg.arch, "stem": self.stem,
                   "size": self.size, "images": len(self.images), "steps": self.steps, "effective_lr": self.lr,
                   "config": vars(cfg), "parameters": size, "encoder_parameters": encoder_size, **origin(),
-                  "device": device, "precision": precision, "processes": world(),
-                  "started": datetime.datetime.now().isoformat(timespec="seconds")}
+                  "device": device_name(self.device), "precision": str(self.dtype).removeprefix("torch."),
+                  "processes": world(), "started": datetime.datetime.now().isoformat(timespec="seconds")}
+        self.lines = [json.dumps(header)]
         other = " (--recipe cifar is the full one)" if cfg.recipe == "small" else ""
         say(f"{self.method} {self.variant}: {cfg.dataset}, {len(self.images)} images, {self.steps} steps "
             f"({cfg.epochs} epochs), recipe {cfg.recipe}{other}, {cfg.optimizer}, lr {self.lr:.4g} = "
-            f"{cfg.lr:g} x {cfg.batch}/256, {cfg.arch}, {self.stem} stem, views of {self.view} px, {device}, "
-            f"{precision}, {size / 1e6:.1f} M parameters -> {self.out}")
-        self.lines = [json.dumps(header)]
+            f"{cfg.lr:g} x {cfg.batch}/256, {cfg.arch}, {self.stem} stem, views of {self.view} px, "
+            f"{header['device']}, {header['precision']}, {size / 1e6:.1f} M parameters -> {self.out}")
         self._resume()
         if len(set(gather(torch.tensor([self.step])).tolist())) > 1:
             raise RunError(f"the processes found different checkpoints: {self.out} must be one folder")
@@ -1109,27 +1106,26 @@ class Run:
 
     def _resume(self) -> None:
         path, log = self.out / "checkpoint.pt", self.out / "log.jsonl"
-        candidates = [p for p in (path, path.with_suffix(".previous")) if p.exists()]
-        if not candidates:
-            if log.exists():
-                self._refuse_other(json.loads(log.read_text().splitlines()[0]))
-            return
-        for candidate in candidates:
+        found = [p for p in (path, path.with_suffix(".previous")) if p.exists()]
+        if not found and log.exists():
+            self._refuse_other(json.loads(log.read_text().splitlines()[0]))
+        state = None
+        for candidate in found:
             try:
                 state = read_checkpoint(candidate)
                 break
             except RunError as error:
                 print(f"{error}; trying the one before it", file=sys.stderr)
-        else:
+        if found and state is None:
             raise RunError(f"no checkpoint in {self.out} can be read; move the folder away to start anew")
+        if state is None:
+            return
         try:
-            if not isinstance(state, dict):
-                raise TypeError(f"it holds a {type(state).__name__}")
             self._refuse_other(state)
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             self.epoch, self.step, self.lines = state["epoch"], state["step"], state["log"]
-            self.seconds, self.bad = state["seconds"], state["bad"].to(self.device)
+            self.seconds = state["seconds"]
             self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
             torch.set_rng_state(state["rng"]["cpu"].clone())
             if self.device.type == "cuda":
@@ -1156,7 +1152,6 @@ class Run:
         state = {name: part.state_dict() for name, part in self.parts.items()}
         values = [*state["model"].values(), *state.get("bank", {}).values()]
         self._stop_if_bad([value for value in values if value.is_floating_point()])
-        self.saved = time.monotonic()
         if rank():
             return
         state["rng"] = {"cpu": torch.get_rng_state()}
@@ -1164,7 +1159,7 @@ class Run:
             state["rng"]["cuda"] = torch.cuda.get_rng_state(self.device)
         state |= {"method": self.method, "arch": self.cfg.arch, "stem": self.stem, "config": vars(self.cfg),
                   "epoch": self.epoch, "step": self.step, "seconds": self.seconds, "log": self.lines,
-                  "sums": self.sums, "bad": self.bad}
+                  "sums": self.sums}
         with replacing(self.out / "checkpoint.pt", keep=True) as file:
             torch.save(state, file)
 
@@ -1189,87 +1184,110 @@ class Run:
         if self.epoch == self.cfg.epochs and (self.out / "backbone.pt").exists():
             say(f"nothing left to do: {self.out / 'backbone.pt'}")
             return
-        self.began = self.saved = self.mark = time.monotonic()
-        self.first = self.mark_step = self.step
         handlers = {n: signal.signal(n, lambda number, _: setattr(self, "stopping", 128 + number))
                     for n in (signal.SIGTERM, signal.SIGINT)}
         try:
-            yield from self._epochs()
+            self.began = self.saved = time.monotonic()
+            self.first = self.step  # of this process
+            while self.epoch < self.cfg.epochs:
+                yield from self._one_epoch()
+            self.save()
+            self._write_backbone()
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
-    def _epochs(self):
-        spe = self.steps_per_epoch
+    def _one_epoch(self):
+        spe, before = self.steps_per_epoch, self.seconds
         warmup = min(round(self.cfg.warmup * spe), self.steps // 10)
-        while self.epoch < self.cfg.epochs:
-            order = torch.randperm(len(self.images), generator=seeded("order", self.cfg.seed, self.epoch))
-            order = order.to(self.images.rows.device).split(self.cfg.batch)[self.step - self.epoch * spe:spe]
-            began = time.monotonic()
-            for batch in self.images.batches([index.chunk(world())[rank()] for index in order], self.device):
-                for group in self.optimizer.param_groups:
-                    group["lr"] = self.lr * cosine(self.step, self.steps, warmup)
-                yield batch
-                self.step += 1
-                self._progress()
-                stopping, due = self._agreed()
-                if stopping or due:
-                    self.seconds, began = self.seconds + time.monotonic() - began, time.monotonic()
-                    self.save()
-                if stopping:
-                    self._stop(stopping)
-            self.seconds += time.monotonic() - began
-            self.epoch += 1
-            self._end_epoch()
-        self.save()
+        order = torch.randperm(len(self.images), generator=seeded("order", self.cfg.seed, self.epoch))
+        order = order.to(self.images.rows.device).split(self.cfg.batch)[self.step - self.epoch * spe:spe]
+        self.mark = time.monotonic(), self.step  # where this epoch began in this process
+        for batch in self.images.batches([index.chunk(world())[rank()] for index in order], self.device):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr * cosine(self.step, self.steps, warmup)
+            yield batch
+            self.step += 1
+            self.seconds = before + time.monotonic() - self.mark[0]
+            self._show_progress()
+            self._save_or_stop()
+        self.epoch += 1
+        rate, left = self._pace()  # before the monitor, which takes time of its own
+        self._stop_if_bad()
+        means = {name: rounded((value / spe).tolist()) for name, value in self.sums.items()}
+        self.sums = {}
+        line = {"epoch": self.epoch, "step": self.step, "lr": rounded(self.optimizer.param_groups[0]["lr"]),
+                **means}
+        if self.cfg.knn_every and (self.epoch % self.cfg.knn_every == 0 or self.epoch == self.cfg.epochs):
+            line |= self.monitor()
+        line |= {"images_per_s": round(rate, 1), "minutes": round(self.seconds / 60, 3)}
+        self.lines.append(json.dumps(line))
+        self._write_log()
+        shown = " ".join(f"{k} {v}" for k, v in line.items() if k not in ("epoch", "step", "lr", "minutes"))
+        say(f"epoch {self.epoch}/{self.cfg.epochs} {shown}, {duration(left)} left")
+
+    def _pace(self) -> tuple[float, float]:
+        """Images (not views) per second in this epoch, and seconds to the end at the pace so far."""
+        now, (began, first) = time.monotonic(), self.mark
+        rate = (self.step - first) * self.cfg.batch / max(1e-9, now - began)
+        return rate, (now - self.began) / max(1, self.step - self.first) * (self.steps - self.step)
+
+    def _show_progress(self) -> None:
+        cfg, (rate, left) = self.cfg, self._pace()
+        if rank() == 0:
+            live(f"{self.epoch + 1}/{cfg.epochs} step {self.step}/{self.steps} {rate:.0f} images/s, "
+                 f"{duration(left)} left")
+        if self.step - self.first == 20 and self.step < self.steps:
+            line = f"estimated end in {duration(left)}"
+            if cfg.recipe == "small":  # every method's cifar recipe is ResNet-18 on all images for 200 epochs
+                full = flops("resnet18", "cifar", SIZES[cfg.dataset]) * IMAGES[cfg.dataset] * 200
+                ours = flops(cfg.arch, self.stem, self.view) * (self.steps - self.step) * cfg.batch
+                line += f"; --recipe cifar would take about {duration(left * full / ours)} here"
+            say(line)
+
+    def _save_or_stop(self) -> None:
+        """Save where it is time to, stop where a signal or --minutes asks for it, in all processes alike."""
+        now = time.monotonic()
+        if self.cfg.minutes and now - self.began >= 60 * self.cfg.minutes:
+            self.stopping = self.stopping or 3
+        flags = torch.tensor([self.stopping, now - self.saved >= 60 * self.cfg.save_every])
+        if world() > 1:
+            dist.all_reduce(flags, dist.ReduceOp.MAX)  # on the CPU, so that no GPU is waited for
+        status, due = flags.tolist()
+        if status or due:
+            self.save()
+            self.saved = time.monotonic()
+        if status:
+            gather(torch.zeros(1))  # torchrun kills a job once one process ends, and process 0 may be saving
+            why = signal.Signals(status - 128).name if status > 128 else f"--minutes {self.cfg.minutes:g}"
+            say(f"stopped by {why}; saved at step {self.step} of {self.steps}: "
+                "the same command goes on from there")
+            raise SystemExit(status)
+
+    def _write_backbone(self) -> None:
         if rank() == 0:
             weights = {key: value.cpu() for key, value in self.encoder.state_dict().items()}
             with replacing(self.out / "backbone.pt") as file:
                 torch.save({**weights, "arch": self.cfg.arch, "stem": self.stem}, file)
         say(f"done in {self.seconds / 60:.1f} min: {self.out / 'backbone.pt'}")
 
-    def _agreed(self) -> tuple[int, bool]:
-        """The status to stop with (0 = go on), and whether a checkpoint is due; the same on all processes."""
-        now = time.monotonic()
-        due = now - self.saved >= 60 * self.cfg.save_every
-        if self.cfg.minutes and now - self.began >= 60 * self.cfg.minutes:
-            self.stopping = self.stopping or 3
-        if world() == 1:
-            return self.stopping, due
-        flags = torch.tensor([self.stopping, due])  # on the CPU, so that no GPU is waited for
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-        return int(flags[0]), bool(flags[1])
-
-    def _stop(self, status: int) -> None:
-        gather(torch.zeros(1))  # torchrun kills the rest of a job once one ends, process 0 at its save too
-        why = signal.Signals(status - 128).name if status > 128 else f"--minutes {self.cfg.minutes:g}"
-        say(f"stopped by {why}; saved at step {self.step} of {self.steps}: "
-            "the same command goes on from there")
-        raise SystemExit(status)
-
     def optimise(self, loss: Tensor) -> None:
         """Backward and one optimizer step. RunError on a loss that is not finite: at once on a CPU, elsewhere
         within 50 steps, so that no step waits for the device; nothing of it is ever saved. In fp16 the scaler
-        skips a step whose gradient overflowed, and the 16th in a row raises, when its scale is down at 1."""
+        skips a step whose gradient overflowed; RunError where its scale falls below 1."""
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         if world() > 1:
             sum_gradients(self.model)
-        finite = loss.detach().isfinite()
-        if self.scaler.is_enabled():
-            self.scaler.unscale_(self.optimizer)
-            norms = torch._foreach_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-            finite &= torch.stack(norms).sum().isfinite()
-            self.log(skipped=~finite)
-        self.bad = torch.where(finite, 0, self.bad + 1)
-        self.worst = torch.maximum(self.worst, self.bad)
+        self.bad |= ~loss.detach().isfinite()
         if self.device.type == "cpu" or self.step % 50 == 0:
             self._stop_if_bad()
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
-    def _stop_if_bad(self, values: list[Tensor] | None = None) -> None:
-        if self.worst >= (16 if self.scaler.is_enabled() else 1):
+    def _stop_if_bad(self, values: list[Tensor] = ()) -> None:
+        fp16 = self.scaler.is_enabled()
+        if (self.scaler.get_scale() < 1) if fp16 else self.bad:
             what = "loss or gradients are not finite at"
         elif values and not torch.stack(torch._foreach_norm(values)).sum().isfinite():
             what = "parameters are not finite after"
@@ -1285,41 +1303,6 @@ class Run:
         for name, value in values.items():
             value = value.detach().float()
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
-
-    def _pace(self) -> tuple[float, float]:
-        """Images/s (not views) since the last epoch ended, and seconds to the end at the pace so far."""
-        now = time.monotonic()
-        rate = (self.step - self.mark_step) * self.cfg.batch / max(1e-9, now - self.mark)
-        return rate, (now - self.began) / max(1, self.step - self.first) * (self.steps - self.step)
-
-    def _progress(self) -> None:
-        cfg, (rate, left) = self.cfg, self._pace()
-        if self.step - self.first == 20 and self.step < self.steps:
-            line = f"estimated end in {duration(left)}"
-            if cfg.recipe == "small":  # every method's cifar recipe is ResNet-18 on all images for 200 epochs
-                full = flops("resnet18", "cifar", SIZES[cfg.dataset]) * IMAGES[cfg.dataset] * 200
-                ours = flops(cfg.arch, self.stem, self.view) * (self.steps - self.step) * cfg.batch
-                line += f"; --recipe cifar would take about {duration(left * full / ours)} here"
-            say(line)
-        if sys.stdout.isatty() and rank() == 0:
-            place = f"{self.epoch + 1}/{cfg.epochs} step {self.step}/{self.steps}"
-            print(f"\r\033[K{place} {rate:.0f} images/s, {duration(left)} left", end="", flush=True)
-
-    def _end_epoch(self) -> None:
-        self._stop_if_bad()
-        means = {name: rounded((value / self.steps_per_epoch).tolist()) for name, value in self.sums.items()}
-        self.sums, epochs, rate = {}, self.cfg.epochs, self._pace()[0]  # before the monitor, which takes time
-        lr = rounded(self.optimizer.param_groups[0]["lr"])
-        line = {"epoch": self.epoch, "step": self.step, "lr": lr, **means}
-        if self.cfg.knn_every and (self.epoch % self.cfg.knn_every == 0 or self.epoch == epochs):
-            line |= self.monitor()
-        line |= {"images_per_s": round(rate, 1), "minutes": round(self.seconds / 60, 3)}
-        self.lines.append(json.dumps(line))
-        self._write_log()
-        shown = " ".join(f"{k} {v}" for k, v in line.items() if k not in ("epoch", "step", "lr", "minutes"))
-        clear = "\r\033[K" * sys.stdout.isatty()
-        say(f"{clear}epoch {self.epoch}/{epochs} {shown}, {duration(self._pace()[1])} left")
-        self.mark, self.mark_step = time.monotonic(), self.step
 
     @torch.no_grad()
     def monitor(self) -> dict[str, float]:

@@ -113,7 +113,7 @@ def recorded(monkeypatch, *flags):
 
     def batches(run, batches=common.Run.batches):
         for images, aspect, index in batches(run):
-            steps.append({"index": index, "before": run.bank.rows.double()})
+            steps.append({"index": index, "before": run.parts["bank"].rows.double()})
             yield images, aspect, index
 
     def mix(*args):
@@ -132,7 +132,10 @@ def recorded(monkeypatch, *flags):
     monkeypatch.setattr(npid_distill, "projector", hooked("projector", npid_distill.projector))
     monkeypatch.setattr(npid_distill, "cutmix", mix)
     monkeypatch.setattr(common.Run, "batches", batches)
-    monkeypatch.setattr(common.Run, "log", lambda run, **v: steps[-1].update(v, after=run.bank.rows.double()))
+
+    def log(run, **values):
+        steps[-1].update(values, after=run.parts["bank"].rows.double())
+    monkeypatch.setattr(common.Run, "log", log)
     npid_distill.train(parsed(npid_distill, *NPID, "--epochs", 1, *flags))
     return steps
 
@@ -168,7 +171,7 @@ def test_every_row_is_filled_by_the_calibration_that_was_asked_for(init, tmp_pat
     monkeypatch.setattr(common.Run, "batches", lambda run: runs.append(run) or iter(()))
     flags = [*NPID, "--limit", 49, "--init", init, "--out", tmp_path]  # three batches and one image
     npid_distill.train(parsed(npid_distill, *flags))
-    run, rows = runs[0], runs[0].bank.rows
+    run, rows = runs[0], runs[0].parts["bank"].rows
     drawn = MemoryBank(49, 16, generator=common.seeded("bank", 0)).rows
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(49))
     assert (rows == drawn).all(1).sum() == (49 if init == "random" else 0)

@@ -193,8 +193,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_what_is_saved_stays_finite(s
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lars"])
-def test_an_overflowing_gradient_changes_nothing_and_the_sixteenth_in_a_row_ends_the_run(optimizer, tmp_path):
-    """On a CPU fp16 is float32 arithmetic under a scaler that works as ever."""
+def test_an_overflowing_gradient_changes_nothing_and_too_many_end_the_run(optimizer, tmp_path):
+    """On a CPU fp16 is float32 arithmetic under a scaler that works as ever, from 65,536 and halved."""
     def everything():
         state = [value for state in run.optimizer.state.values() for value in state.values()]
         return [value.clone() for value in [*model.parameters(), *state]]
@@ -204,15 +204,14 @@ def test_an_overflowing_gradient_changes_nothing_and_the_sixteenth_in_a_row_ends
     run.start(model, model)
     run.optimise(model(x).sum())
     before = everything()
-    for n in range(1, 5):
+    for _ in range(4):
         run.optimise(model(x).sum() * 1e37)  # the loss is finite, its scaled gradient is not
         assert_same(before, everything())
-        assert run.bad == n and run.sums["skipped"] == n
     run.optimise(model(x).sum())
-    assert run.bad == 0 and not torch.equal(before[0], model.weight)
+    assert not torch.equal(before[0], model.weight)
     before = everything()
+    for _ in range(13):
+        run.optimise(model(x).sum() * float("inf"))
     with pytest.raises(common.RunError, match="not finite"):
-        for n in range(16):
-            assert run.bad == n
-            run.optimise(model(x).sum() * float("inf"))
+        run.optimise(model(x).sum())
     assert_same(before, everything())
