@@ -1,0 +1,16 @@
+# The small recipe's rates: a short sweep a method, judged on held-out training images, never on the test ones.
+set -e
+run() {  # run NAME SCRIPT FLAGS...
+  out=runs/rates/$1; shift
+  python "$@" --dataset cifar10 --recipe small --knn-every 0 --out $out
+  python linear_probe.py --backbone $out/backbone.pt --split held-out --fraction 0.05
+}
+for lr in 0.002 0.004 0.008; do
+  for method in simclr moco byol simsiam swav barlow vicreg dino; do
+    run $method-$lr aug_study.py --methods $method --augs simclr --limit 8192 --epochs 1 --lr $lr
+  done
+done
+for lr in 0.25 0.5 1.0; do
+  run npid-$lr npid_distill.py --limit 2560 --epochs 6 --lr $lr
+done
+python results/tables.py rates
