@@ -216,9 +216,9 @@ def cosine_loss(p: Tensor, z: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------- frameworks
-# Each maps two views (B, C, H, W) to a loss and has after_step(progress in [0, 1]) for what moves without a
-# gradient. gather collects the embeddings of all processes under torchrun, so that the loss and the queue see
-# the whole batch; alone it changes nothing. Widths are those of lightly's CIFAR-10 benchmark.
+# Each maps two views (B, C, H, W) to a loss. gather collects the embeddings of all processes under torchrun,
+# so that the loss and the queue see the whole batch; alone it changes nothing. Widths are those of lightly's
+# CIFAR-10 benchmark.
 
 
 def identity(x: Tensor) -> Tensor:
@@ -236,7 +236,12 @@ def mlp(widths: list[int], last_norm: bool = False) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-class SimCLR(nn.Module):
+class Framework(nn.Module):
+    def after_step(self, progress: float) -> None:
+        """What moves without a gradient, after the optimizer's step; progress: share of the run, 0 to 1."""
+
+
+class SimCLR(Framework):
     """Chen et al. 2020."""
 
     def __init__(self, encoder: nn.Module, temperature: float = 0.2, gather: Callable = identity):
@@ -248,11 +253,8 @@ class SimCLR(nn.Module):
         z1, z2 = self.projector(self.encoder(torch.cat([x1, x2]))).chunk(2)      # (B, 128) each
         return nt_xent(self.gather(z1), self.gather(z2), self.temperature)
 
-    def after_step(self, progress: float) -> None:
-        pass
 
-
-class MoCo(nn.Module):
+class MoCo(Framework):
     """MoCo v2 (Chen et al. 2020b) with the loss in both directions; both views' keys enter the queue."""
 
     def __init__(self, encoder: nn.Module, temperature: float = 0.1, queue: int = 8192,
@@ -284,7 +286,7 @@ class MoCo(nn.Module):
         self.oldest.copy_((self.oldest + len(keys)) % len(self.queue))
 
 
-class BYOL(nn.Module):
+class BYOL(Framework):
     """Grill et al. 2020."""
 
     def __init__(self, encoder: nn.Module, momentum: float = 0.99, momentum_end: float = 1.0,
@@ -306,7 +308,7 @@ class BYOL(nn.Module):
         follow(self.target, [self.encoder, self.projector], self.momentum, self.momentum_end, progress)
 
 
-class SimSiam(nn.Module):
+class SimSiam(Framework):
     """Chen & He 2021, 4.6 (CIFAR): a two-layer projector of width 2048, a predictor that narrows to 512."""
 
     def __init__(self, encoder: nn.Module, gather: Callable = identity):
@@ -319,9 +321,6 @@ class SimSiam(nn.Module):
         z = self.projector(self.encoder(torch.cat([x1, x2])))                    # (2B, 2048)
         z1, z2, p1, p2 = map(self.gather, (*z.chunk(2), *self.predictor(z).chunk(2)))
         return 0.5 * (cosine_loss(p1, z2) + cosine_loss(p2, z1))
-
-    def after_step(self, progress: float) -> None:
-        pass
 
 
 @torch.no_grad()
@@ -346,11 +345,26 @@ def make_framework(cfg, encoder: nn.Module, gather: Callable) -> nn.Module:
 # ---------------------------------------------------------------------------------------------- train
 
 
+def strength(cfg) -> float:
+    """The value at which the gates are held; 0 = they are learned."""
+    return cfg.gate or (0.15 if cfg.fuse == "adversarial" else 0.0)
+
+
+def name_variant(cfg) -> str:
+    """What a result table calls this run."""
+    name, held = cfg.framework, strength(cfg)
+    if cfg.layers:
+        parts = [cfg.fuse] + [f"gate {held:g}"] * (held > 0) + [f"{cfg.layers} layer{'s' * (cfg.layers > 1)}"]
+        parts += [f"kernel {cfg.kernel}"] * (cfg.kernel > 1)
+        name += f" + fusion ({', '.join(parts)})"
+    return name + ", unpaired" * cfg.unpaired
+
+
 def train(cfg) -> None:
     """One pretraining run, start to finish; cfg as common.parse(Config, ...) gives it."""
     from common import BatchAugment, Run, UsageError, gather, resnet, save_grid
 
-    run = Run(cfg, "bassl", name_variant(cfg))
+    run, held = Run(cfg, "bassl", name_variant(cfg)), strength(cfg)
     encoder = resnet(cfg.arch, run.stem)
     framework = make_framework(cfg, encoder, gather)
     patch = cfg.patch or max(p for p in range(1, run.view // 8 + 1) if run.view % p == 0)
@@ -360,8 +374,8 @@ def train(cfg) -> None:
         raise UsageError(str(error)) from None
     if cfg.fuse == "adversarial":
         fusion.make_adversarial()
-    if strength(cfg):
-        fusion.hold(strength(cfg))
+    if held:
+        fusion.hold(held)
     augment = BatchAugment(run.view, blur_p=0.5 if run.size > 64 else 0.0).to(run.device)  # MoCo v2's blur
     run.start(nn.ModuleDict({"framework": framework, "fusion": fusion}), encoder)
 
@@ -378,21 +392,6 @@ def train(cfg) -> None:
         run.optimise(loss)
         framework.after_step(run.step / run.steps)
         run.log(loss=loss, **{f"gate_{i}": gate for i, gate in enumerate(fusion.gates, 1)})
-
-
-def strength(cfg) -> float:
-    """The value at which the gates are held; 0 = they are learned."""
-    return cfg.gate or (0.15 if cfg.fuse == "adversarial" else 0.0)
-
-
-def name_variant(cfg) -> str:
-    """What a result table calls this run."""
-    name, held = cfg.framework, strength(cfg)
-    if cfg.layers:
-        parts = [cfg.fuse] + [f"gate {held:g}"] * (held > 0) + [f"{cfg.layers} layer{'s' * (cfg.layers > 1)}"]
-        parts += [f"kernel {cfg.kernel}"] * (cfg.kernel > 1)
-        name += f" + fusion ({', '.join(parts)})"
-    return name + ", unpaired" * cfg.unpaired
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-# The small recipe's rates: a short sweep a method, judged on held-out training images, never on the test ones.
+# The small recipe's rates: a short sweep a method, judged on held-out training images.
 set -e
 run() {  # run NAME SCRIPT FLAGS...
   out=runs/rates/$1; shift

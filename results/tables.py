@@ -25,12 +25,17 @@ TABLES = {
     "cifar10": ("CIFAR-10 on a laptop", "The small recipe on CIFAR-10, one seed."),
     "small": ("The small recipe", "SimCLR on views of 16 px through the CIFAR stem, against the small set-up "
               "before it (32 px, ImageNet stem) in the same minutes."),
+    "tried": ("What was tried for the small recipe", "SimCLR at equal images, but for the lines that say so, "
+              "judged on held-out training images; one seed."),
+    "rates": ("Rates of the small recipe", "64 steps a method (NPID 120), judged on held-out training images; "
+              "one seed."),
     "methods": ("Methods", "The small recipe as it stands."),
     "bassl-batch": ("BA-SSL over batch size", "Fusion against the plain framework at equal images."),
     "bassl-fusion": ("Kinds of fusion", "Real pairs; and unpaired ones, whose loss must stay at chance."),
     "bassl-plug": ("BA-SSL in front of other frameworks", "Published: up to +1.25 on ImageNet-100."),
     "npid-terms": ("NPID, term by term", "Each line adds one term to the line above it."),
     "npid-moco": ("NPID against MoCo v2", "Over shares of the images and over networks."),
+    "published": ("Full size", "The recipes of the papers and peers."),
     "study": ("The study", "Its main effects: `python aug_study.py --effects results/study.jsonl`."),
 }
 
@@ -67,6 +72,7 @@ METRICS = {"knn_top1": "kNN", "knn20_top1": "kNN, k 20", "probe_top1": "probe", 
 SETTINGS = ("dataset", "pretrained_on", "arch", "stem", "size", "view", "images", "epochs", "batch",
             "effective_lr", "split", "fraction", "device")
 LINE = (*SETTINGS, "method", "variant", "flags")
+COLUMNS = ("batch", "epochs", "limit", "view", "arch", "stem", "size")  # flags with a column of their own
 ANY = ("seed", "out", "data", "cache", "workers", "device", "save_every", "minutes", "knn_every")
 T_975 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]  # Student's t, 97.5 %, by degrees of freedom
 
@@ -137,6 +143,7 @@ def table_line(rows: list[dict]) -> dict[str, str]:
     line["labels"] = "" if row["fraction"] == 1 else f"{row['fraction']:.0%}"
     line["network"] = f"{row['arch']}, {row['stem']} stem"
     line["pixels"] = f"{row.get('size')}" + (f", views {row['view']}" if row["view"] else "")
+    line["flags"] = ""
     if row["split"] != "test":
         line["variant"] += f" ({row['split']} split)"
     if row.get("pretrained_on") not in (None, row["dataset"]):
@@ -152,6 +159,14 @@ def table_line(rows: list[dict]) -> dict[str, str]:
     return line
 
 
+def varied(row: dict, rows: list[dict]) -> str:
+    """The flags of a row that are not the same in all rows of its variant, but for those with a column."""
+    configs = [other["config"] for other in rows if other["variant"] == row["variant"] and "config" in other]
+    names = [name for name in row.get("config", {}) if name not in (*ANY, *COLUMNS)
+             and any(config.get(name) != row["config"][name] for config in configs)]
+    return " ".join(f"--{name.replace('_', '-')} {row['config'][name]}" for name in names)
+
+
 def table(rows: list[dict]) -> str:
     """One Markdown table a data set, the published numbers of its methods in italics below."""
     text = []
@@ -162,12 +177,14 @@ def table(rows: list[dict]) -> str:
         lines = []
         for same in group(part, LINE).values():
             line, base = table_line(same), same[0]["variant"].split(" + ")[0]
+            line["flags"] = varied(same[0], part)
             if base != same[0]["variant"] and "unpaired" not in same[0]["variant"]:
                 pairs = [(r, plain.get((*(r.get(key) for key in settings), base))) for r in same]
                 pairs = [(r, b) for r, b in pairs if b and {"probe_top1"} <= r.keys() & b.keys()]
                 line["effect on probe"] = interval([r["probe_top1"] - b["probe_top1"] for r, b in pairs])
             lines.append(line)
-        names = {row["method"] for row in part} | {row["variant"].split(" ")[0].rstrip(",") for row in part}
+        tested = [row for row in part if row["split"] == "test"]
+        names = {word for row in tested for word in (row["method"], row["variant"].split(" ")[0].rstrip(","))}
         for method, what, metric, value in PUBLISHED.get(dataset, []):
             if method.split(" ")[0] in names:
                 cells = {"variant": f"*published: {what}*", METRICS[metric]: f"*{value:g}*"}

@@ -1,6 +1,8 @@
 """Rows to tables: paired effects by hand, seeds, the control, published numbers, the committed page."""
+import json
 import math
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -65,3 +67,17 @@ def test_the_committed_page_of_results_is_what_its_rows_say(tmp_path, monkeypatc
     tables.main(["--readme"])
     pages = [(folder / "results" / "README.md").read_text() for folder in (tmp_path, ROOT)]
     assert pages[0] == pages[1]
+
+
+def test_every_committed_row_names_scripts_that_the_history_holds(tmp_path):
+    shallow = ["git", "rev-parse", "--is-shallow-repository"]
+    if subprocess.run(shallow, cwd=ROOT, capture_output=True, text=True).stdout.strip() != "false":
+        pytest.skip("no whole history here")
+    assert tables.missing_blobs(sorted((ROOT / "results").glob("**/*.jsonl"))) == []
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"method": "m", "blobs": {"common.py": "0" * 40}}))
+    assert tables.missing_blobs([tmp_path / "rows.jsonl"]) == ["rows.jsonl: m "]
+
+
+def test_a_flag_that_differs_between_lines_is_shown():
+    rows = [row(effective_lr=lr, config={"lr": lr, "wd": 0.1, "seed": n}) for n, lr in enumerate((0.1, 0.2))]
+    assert [line["flags"] for line in cells(tables.table(rows))] == ["--lr 0.1", "--lr 0.2"]

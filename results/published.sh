@@ -1,0 +1,20 @@
+# The published rows at full size, the most telling first: for one GPU.
+# By the networks' own arithmetic 3.4e18 operations, 16 hours at a sustained 60 TFLOP/s; not measured.
+#   MINUTES=9 bash results/published.sh      # a run saves and stops after 9 minutes, with status 3;
+#                                            # the same line goes on, and does nothing when all is done
+# ARGS: further flags of every pretraining.
+set -e
+run() {  # run NAME SCRIPT FLAGS...
+  out=runs/published/$1; shift
+  python "$@" --minutes "${MINUTES:-0}" --out $out $ARGS
+  python linear_probe.py --backbone $out/backbone.pt
+}
+run cifar100-npid     npid_distill.py --dataset cifar100 --recipe cifar
+run cifar100-moco     bassl.py --dataset cifar100 --recipe cifar --layers 0 --framework moco
+run cifar10-bassl     bassl.py --dataset cifar10 --recipe cifar
+run cifar10-simclr    bassl.py --dataset cifar10 --recipe cifar --layers 0
+run tinyimagenet-npid npid_distill.py --dataset tinyimagenet --recipe cifar
+run tinyimagenet-moco bassl.py --dataset tinyimagenet --recipe cifar --layers 0 --framework moco
+run imagenet100-simclr bassl.py --dataset imagenet100 --layers 0
+run imagenet100-bassl  bassl.py --dataset imagenet100
+python results/tables.py published
