@@ -27,8 +27,8 @@ TABLES = {
               "before it (32 px, ImageNet stem) in the same minutes."),
     "tried": ("What was tried for the small recipe", "SimCLR at equal images, but for the lines that say so, "
               "judged on held-out training images; one seed."),
-    "rates": ("Rates of the small recipe", "64 steps a method (NPID 120), judged on held-out training images; "
-              "one seed."),
+    "rates": ("Rates of the small recipe", "64 steps a method (NPID 120), judged on held-out training "
+              "images; one seed."),
     "methods": ("Methods", "The small recipe as it stands."),
     "bassl-batch": ("BA-SSL over batch size", "Fusion against the plain framework at equal images."),
     "bassl-fusion": ("Kinds of fusion", "Real pairs; and unpaired ones, whose loss must stay at chance."),
