@@ -4,7 +4,7 @@
     python tests/bench.py --methods simclr npid --recipe cifar --out results/bench/steps.jsonl
     python tests/bench.py --photos DIR                            # images/s of decoding, map, augmentation
 
-step: a step of the real training loop, all between two updates included, on images of `shapes`.
+step: a step of the real training loop of CIFAR-10, all between two updates included, on random pixels.
 floor: forward and backward of the same network on as many resident random views at the same precision, and
 the target network's forward where there is one. Steps and floors take turns, so that a machine's drift
 cancels (ten of each on a GPU, with a wait at their end alone); the ratio is the median over neighbours.
@@ -50,6 +50,13 @@ def wait(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def random_images(dataset, data, split, size, cache, workers, limit) -> common.ImageSet:
+    """As many images as CIFAR-10 has, or as the recipe takes of them."""
+    count = limit or common.IMAGES["cifar10"]
+    pixels = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
+    return common.ImageSet(pixels, torch.zeros(count, dtype=torch.long), ["one"])
+
+
 def train_until(name: str, flags: list[str], after) -> None:
     """The method's own train(), with after(run, n) after update n, from -3, until that raises Done."""
     script_name, own = METHODS[name]
@@ -59,8 +66,10 @@ def train_until(name: str, flags: list[str], after) -> None:
         optimise(run, loss)
         after(run, next(updates))
 
-    with tempfile.TemporaryDirectory() as out, mock.patch.object(common.Run, "optimise", optimise):
-        every = [*flags, *own.split(), "--epochs", "1000", "--knn-every", "0", "--out", out]
+    with tempfile.TemporaryDirectory() as out, mock.patch.object(common.Run, "optimise", optimise), \
+            mock.patch.object(common, "load_images", random_images):
+        every = [*flags, *own.split(), "--dataset", "cifar10"]
+        every += ["--epochs", "1000", "--knn-every", "0", "--out", out]
         with contextlib.suppress(Done), contextlib.redirect_stdout(sys.stderr):
             script.train(common.parse(script.Config, "", every, recipes=script.RECIPES, by=BY[script_name]))
 
