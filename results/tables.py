@@ -25,7 +25,7 @@ TABLES = {
     "cifar10": ("CIFAR-10 on a laptop", "The small recipe on CIFAR-10, one seed."),
     "small": ("The small recipe", "SimCLR on views of 16 px through the CIFAR stem, against the small set-up "
               "before it (32 px, ImageNet stem) in the same minutes."),
-    "tried": ("What was tried for the small recipe", "SimCLR at equal images, but for the lines that say so, "
+    "tried": ("What was tried for the small recipe", "At equal views, multi-crop at equal images; "
               "judged on held-out training images; one seed."),
     "rates": ("Rates of the small recipe", "64 steps a method (NPID 120), judged on held-out training "
               "images; one seed."),
