@@ -4,11 +4,7 @@ Nothing here belongs to a method: losses, heads, queues and banks live in the me
 Shapes: B batch, N images, H pixels of a stored image, S pixels of a view.
 """
 import argparse
-import concurrent.futures
 import contextlib
-import dataclasses
-import datetime
-import errno
 import fcntl
 import hashlib
 import inspect
@@ -25,14 +21,22 @@ import sys
 import time
 import typing
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import datasets
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.transforms.v2.functional import rgb_to_grayscale
+from torchvision.utils import save_image
 
 # ----------------------------------------------------------------------------------------- errors and flags
 
@@ -53,7 +57,6 @@ def one_line_errors():
         if dist.is_initialized():
             dist.destroy_process_group()
     except (UsageError, RunError, OSError) as error:
-        sys.stdout.flush()
         print(f"{pathlib.Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
     except KeyboardInterrupt:
@@ -112,20 +115,18 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def parse(config_class: type, doc: str, argv: list[str] | None = None, shared: type = RunConfig,
-          recipes: dict[str, dict] | None = None, by: str = ""):
-    """Command line -> a dataclass with the fields of config_class and of shared; exits on wrong usage.
-
-    A field's trailing comment is its --help text. recipes, by: see resolve(), whose UsageError it raises.
-    """
+def parse(config_class: type, doc: str, argv: list[str] | None = None, recipes: dict[str, dict] | None = None,
+          by: str = "") -> argparse.Namespace:
+    """Command line -> the fields of config_class, and of RunConfig where there are recipes (see resolve).
+    A field's trailing comment is its --help text; wrong usage exits."""
+    owners = [config_class, RunConfig] if recipes else [config_class]
     parser = argparse.ArgumentParser(description=doc, epilog=show_recipes(recipes or {}), allow_abbrev=False,
                                      usage="%(prog)s [flags]; --help lists them",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    for title, owner in (("flags of this script", config_class), ("flags of every script", shared)):
-        group, hints = parser.add_argument_group(title), typing.get_type_hints(owner)
-        source = inspect.getsource(owner) if hints else ""
-        comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
-        for name, kind in hints.items():
+    for title, owner in zip(("flags of this script", "flags of every script"), owners):
+        group = parser.add_argument_group(title)
+        comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(owner), re.M))
+        for name, kind in typing.get_type_hints(owner).items():
             default = getattr(owner, name)
             shown = "recipe" if default is None else default
             options = {"default": default, "help": f"{comments[name]} [{shown}]".replace("%", "%%")}
@@ -138,12 +139,11 @@ def parse(config_class: type, doc: str, argv: list[str] | None = None, shared: t
             else:
                 options |= {"type": kind, "metavar": kind.__name__.upper()}
             group.add_argument(flag(name), *ALIASES.get(name, []), **options)
-    args = parser.parse_args(argv)
-    for name, value in vars(args).items():
+    cfg = parser.parse_args(argv)
+    for name, value in vars(cfg).items():
         least = 2 if name == "batch" else 0
         if isinstance(value, (int, float)) and not least <= value <= 2**53:  # refuses nan too
             parser.error(f"{flag(name)} {value}: want a number from {least} up")
-    cfg = dataclass(type("Args", (config_class, shared), {}))(**vars(args))
     if recipes:
         resolve(cfg, recipes, by)
     return cfg
@@ -207,7 +207,7 @@ def join_processes() -> None:
     """Join the other processes of a torchrun job, which are named in the environment; else do nothing."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
 
 
 def rank() -> int:
@@ -228,7 +228,7 @@ def say(text: str) -> None:
 
 def live(text: str) -> None:
     """A line of progress that the next one replaces; nothing where no terminal shows it."""
-    if sys.stdout.isatty():
+    if rank() == 0 and sys.stdout.isatty():
         print(f"\r\033[K{text}", end="\r", flush=True)
 
 
@@ -266,14 +266,13 @@ def origin() -> dict:
         if str(path) in loaded:
             data = path.read_bytes()
             blobs[path.name] = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-    sha, launcher = "unknown", [pathlib.Path(sys.executable).name]
-    if shutil.which("git"):
-        git = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-        sha = subprocess.run(git, cwd=folder, capture_output=True, text=True).stdout.strip() or sha
+    git = "git describe --always --dirty --abbrev=12"  # by a shell, which is no error where there is no git
+    sha = subprocess.run(git, shell=True, cwd=folder, capture_output=True, text=True).stdout.strip()
+    launcher = [pathlib.Path(sys.executable).name]
     if world() > 1:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", world()))  # processes on this node
         launcher = ["torchrun", f"--nnodes={world() // here}", f"--nproc-per-node={here}"]
-    return {"sha": sha, "blobs": blobs, "torch": torch.__version__,
+    return {"sha": sha or "unknown", "blobs": blobs, "torch": torch.__version__,
             "command": shlex.join([*launcher, *sys.argv])}
 
 
@@ -328,6 +327,7 @@ def draw_shapes(n: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
     return torch.from_numpy((np.clip(images, 0, 1) * 255).round().astype(np.uint8)), torch.from_numpy(labels)
 
 
+Files = list[tuple[str, int]]  # of images, each with its label
 IN_MEMORY = 2 << 30  # bytes of pixels that move to the training device; a thread reads a larger set ahead
 
 
@@ -343,7 +343,7 @@ class ImageSet:
 
     def __post_init__(self):
         if self.rows is None:
-            self.rows = torch.arange(len(self.labels))
+            self.rows, self.aspect = torch.arange(len(self.labels)), torch.ones(len(self.labels))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -351,38 +351,37 @@ class ImageSet:
     def subset(self, index: Tensor) -> "ImageSet":
         """The images at these positions (M,), in this order; no pixel is copied."""
         index = index.to(self.rows.device)
-        aspect = None if self.aspect is None else self.aspect[index]
-        return ImageSet(self.pixels, self.labels[index], self.classes, self.rows[index], aspect)
+        return ImageSet(self.pixels, self.labels[index], self.classes, self.rows[index], self.aspect[index])
 
     def to(self, device: torch.device) -> "ImageSet":
         """On the device where the pixels fit, else as it is."""
         if self.pixels.nbytes > IN_MEMORY:
             return self
-        aspect = None if self.aspect is None else self.aspect.to(device)
-        return ImageSet(self.pixels.to(device), self.labels.to(device), self.classes, self.rows.to(device),
-                        aspect)
+        rows, aspect = self.rows.to(device), self.aspect.to(device)
+        return ImageSet(self.pixels.to(device), self.labels.to(device), self.classes, rows, aspect)
 
     def batches(self, order: list[Tensor], device: torch.device):
-        """For each index (B,): images (B, 3, H, H) uint8, aspect (B,) or None, and index, on the device."""
+        """This process's part of each index (B,): images (b, 3, H, H) uint8, aspect and index (b,)."""
         near = self.pixels.device.type == device.type and self.pixels.nbytes <= IN_MEMORY
 
-        def read(index: Tensor) -> list[Tensor | None]:
-            part = self.subset(index)
-            parts = [self.pixels[part.rows], part.aspect, index.to(self.rows.device)]
+        def read(index: Tensor) -> list[Tensor]:
+            share = -(-len(index) // world())  # of each process; the last images may be read by two
+            index = index.roll(-rank() * share)[:share].to(self.rows.device)
+            parts = [self.pixels[self.rows[index]], self.aspect[index], index]
             if near or device.type != "cuda":
                 return parts
-            return [x if x is None else x.pin_memory() for x in parts]
+            return [x.pin_memory() for x in parts]
 
         if near:
             yield from map(read, order)
             return
-        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        with ThreadPoolExecutor(1) as thread:
             ahead = [thread.submit(read, index) for index in order[:2]]
             for n in range(len(order)):  # two batches are being read while one is used
                 parts = ahead.pop(0).result()
                 if n + 2 < len(order):
                     ahead.append(thread.submit(read, order[n + 2]))
-                yield [None if x is None else x.to(device, non_blocking=True) for x in parts]
+                yield [x.to(device, non_blocking=True) for x in parts]
 
 
 def load_images(dataset: str, data: str, split: str, size: int, cache: str = "cache", workers: int = 0,
@@ -407,8 +406,6 @@ def load_images(dataset: str, data: str, split: str, size: int, cache: str = "ca
 
 def download_cifar(dataset: str, root: pathlib.Path, split: str, size: int) -> ImageSet:
     """CIFAR through torchvision, which checks the published digests before it unpickles anything."""
-    from torchvision import datasets
-
     load = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[dataset]
     try:
         try:
@@ -428,74 +425,55 @@ def download_cifar(dataset: str, root: pathlib.Path, split: str, size: int) -> I
     return ImageSet(pixels, torch.tensor(loaded.targets), loaded.classes)
 
 
-Files = list[tuple[str, int]]  # of images, each with its label
-
-
 def list_images(dataset: str, root: pathlib.Path, split: str) -> tuple[Files, list[str]]:
     """The files of a split that lies on disk, with their labels, and the names of its classes."""
-    if dataset == "tinyimagenet":
-        root = root / "tiny-imagenet-200" if (root / "tiny-imagenet-200").is_dir() else root
-        if split == "test":
-            return list_tiny_imagenet_val(root)
+    own = "tiny-imagenet-200" if dataset == "tinyimagenet" else dataset  # the folder's name as published
     names = [split] if split == "train" or dataset.startswith("cifar") else ["val", "test"]
-    folders = [root] if dataset == "folder" else [root / dataset, root]
-    places = [folder / name for folder in folders for name in names]
+    places = [folder / name for folder in (root / own, root) for name in names]
     if dataset == "folder" and split == "train":
         places.append(root)
     for place in places:
+        if (place / "val_annotations.txt").is_file():
+            return list_tiny_imagenet_val(place)
         if place.is_dir():
             return list_tree(place, IMAGENET100 if dataset == "imagenet100" else None)
     looked = " or ".join(map(str, places))
     raise UsageError(f"no {split} images for {dataset}: no folder {looked}; see --data")
 
 
-def class_folders(root: pathlib.Path) -> list[str]:
-    """Names of the folders in root, sorted, hidden ones left out."""
-    return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
 def list_tree(root: pathlib.Path, only: list[str] | None = None) -> tuple[Files, list[str]]:
     """root/<class>/.../*.jpg and the like, but hidden ones; without class folders one unlabelled set (-1)."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-
-    def below(folder: pathlib.Path, labels: dict[str, int]) -> Files:
-        found = make_dataset(str(folder), labels, IMG_EXTENSIONS, allow_empty=True) if labels else []
-        return [(file, label) for file, label in found if "/." not in file[len(str(folder)):]]
-
-    classes = class_folders(root)
+    classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     if only is not None:
-        missing = sorted(set(only) - set(classes))
-        classes = [name for name in classes if name in set(only)]
+        missing = sorted({*only} - {*classes})
         if missing:
-            print(f"{root} lacks {len(missing)} of {len(only)} classes ({missing[0]}, ...)", file=sys.stderr)
-    files = below(root, {name: label for label, name in enumerate(classes)})
-    if not files and only is None:
-        files, classes = below(root.parent, {root.name: -1}), []
+            raise UsageError(f"{root} lacks {len(missing)} of {len(only)} classes ({missing[0]}, ...)")
+        classes = sorted(only)
+    above, labels = root, {name: label for label, name in enumerate(classes)}
+    if not classes:
+        above, labels = root.parent, {root.name: -1}
+    extensions = datasets.folder.IMG_EXTENSIONS
+    found = datasets.folder.make_dataset(str(above), labels, extensions, allow_empty=True)
+    files = [(file, label) for file, label in found if "/." not in file[len(str(root)):]]
     if not files:
         raise RunError(f"{root} holds no images: want {root}/<class>/*.jpg (or .png, ...)")
     return files, classes
 
 
 def list_tiny_imagenet_val(root: pathlib.Path) -> tuple[Files, list[str]]:
-    """val/images/*.JPEG with val_annotations.txt (file, wnid, box): the published layout, no file moved."""
-    annotations, images = root / "val" / "val_annotations.txt", root / "val" / "images"
-    if not annotations.is_file():
-        raise UsageError(f"{annotations} is missing: want Tiny-ImageNet as published, unzipped below --data")
-    classes = class_folders(root / "train")
-    try:
-        rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines() if line]
-        files = [(str(images / name), classes.index(wnid)) for name, wnid in rows if (images / name).exists()]
-    except ValueError as error:
-        raise RunError(f"{annotations} is damaged: {error}") from None
+    """images/*.JPEG with val_annotations.txt (file, wnid, box): the published layout, no file moved."""
+    annotations, (_, classes) = root / "val_annotations.txt", list_tree(root.parent / "train")
+    files = []
+    for name, wnid in re.findall(r"^(\S+)\t(\w+)", annotations.read_text(errors="replace"), re.M):
+        if wnid in classes and (root / "images" / name).exists():
+            files.append((str(root / "images" / name), classes.index(wnid)))
     if not files:
-        raise RunError(f"{images} holds none of the images that {annotations} names")
+        raise RunError(f"{root / 'images'} holds no image that {annotations} gives a class of {root.parent}")
     return files, classes
 
 
 def decode(path: str, size: int) -> tuple[np.ndarray, float]:
     """An image file as RGB, squashed to a square: (3, size, size) uint8, and the photo's width / height."""
-    from PIL import Image, ImageOps
-
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips instead of scaling
@@ -504,7 +482,7 @@ def decode(path: str, size: int) -> tuple[np.ndarray, float]:
     aspect = image.width / image.height
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)  # antialiased, as torchvision's
-    return np.asarray(image).transpose(2, 0, 1), aspect
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)), aspect
 
 
 def decoded(files: Files, classes: list[str], size: int, path: pathlib.Path, workers: int) -> ImageSet:
@@ -516,15 +494,12 @@ def decoded(files: Files, classes: list[str], size: int, path: pathlib.Path, wor
     names, count = [file for file, _ in files], len(files)
     digest = hashlib.sha256(b"\n".join(map(os.fsencode, names))).hexdigest()[:12]
     store, total = path.with_name(f"{path.name}-{digest}.u8"), count * (4 + 3 * size * size)
-    try:
-        store.parent.mkdir(parents=True, exist_ok=True)
-        if not store.exists():
-            with open(store.with_suffix(".lock"), "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # a second run waits here until the first has made the map
-                if not store.exists():
-                    write_map(names, size, store, workers)
-    except OSError as error:
-        raise RunError(f"could not write {store} ({error.strerror}); see --cache") from None
+    store.parent.mkdir(parents=True, exist_ok=True)
+    if not store.exists():
+        with open(store.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # a second run waits here until the first has made the map
+            if not store.exists():
+                write_map(names, size, store, workers)
     if store.stat().st_size != total:
         raise RunError(f"{store} has not the {total} bytes that it was written with; remove it")
     data = torch.from_file(str(store), size=total, dtype=torch.uint8)
@@ -532,51 +507,42 @@ def decoded(files: Files, classes: list[str], size: int, path: pathlib.Path, wor
     rows = aspect.nonzero()[:, 0]
     labels, aspect = torch.tensor([label for _, label in files])[rows], aspect[rows]
     pixels = data[4 * count:].view(count, 3, size, size)
-    return ImageSet(pixels, labels, classes, rows, None if (aspect == 1).all() else aspect)
+    return ImageSet(pixels, labels, classes, rows, aspect)
 
 
 def write_map(files: list[str], size: int, store: pathlib.Path, workers: int) -> None:
-    """Decode every file into its row of store, which gets its name when it is whole.
+    """Decode every file into its row of store; above 1 % that do not decode RunError, nothing written."""
+    began, aspects, bad = time.monotonic(), [], []
+    total = len(files) * (4 + 3 * size * size) / 1e9
 
-    Files that do not decode are named and left out; above 1 % of them RunError, nothing written.
-    """
-    began, aspect, bad = time.monotonic(), np.zeros(len(files), np.float32), []
-    row, new = 3 * size * size, store.with_suffix(".tmp")
-    new.unlink(missing_ok=True)  # of a run that was killed
-    total, free = len(files) * (row + 4) / 1e9, shutil.disk_usage(store.parent).free / 1e9
-    if total > free:
-        raise RunError(f"{len(files)} decoded images take {total:.2f} GB, and {store.parent} has {free:.2f} "
-                       "GB left; --cache DIR may point to another disk, --limit N takes fewer images")
-    print(f"decoding {len(files)} images once into {total:.2f} GB: {store}", flush=True)
-
-    def write_row(i: int) -> None:
+    def read(path: str) -> tuple[np.ndarray, float]:
         try:
-            pixels, aspect[i] = decode(files[i], size)
+            return decode(path, size)
         except Exception as error:  # Pillow raises many kinds for a broken file; each is reported by name
-            bad.append(f"{files[i]} ({str(error) or type(error).__name__})")
-            return
-        if os.pwrite(file.fileno(), pixels.tobytes(), aspect.nbytes + i * row) < row:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            bad.append(f"{path} ({str(error) or type(error).__name__})")
+            return np.zeros((3, size, size), np.uint8), 0.0
 
-    try:
-        threads = concurrent.futures.ThreadPoolExecutor(workers or os.cpu_count())  # decoding frees the GIL
-        with open(new, "wb") as file, threads as pool:
-            for done in [*range(1000, len(files), 1000), len(files)]:
-                list(pool.map(write_row, range((done - 1) // 1000 * 1000, done)))
-                rate = done / (time.monotonic() - began)
-                left = duration((len(files) - done) / rate)
-                line = f"{done}/{len(files)} images, {rate:.0f}/s, {left} left"
-                live(line)
-                if done % 20_000 == 0 or done == len(files):
-                    print(line, flush=True)
-                if len(bad) > 0.01 * len(files):
-                    raise RunError(f"{len(bad)} of {len(files)} images do not decode: {'; '.join(bad[:20])}")
-            os.pwrite(file.fileno(), aspect.tobytes(), 0)
-            os.truncate(file.fileno(), aspect.nbytes + len(files) * row)
-            os.fsync(file.fileno())
-        os.replace(new, store)
-    finally:
-        new.unlink(missing_ok=True)
+    with replacing(store) as file, ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        free = shutil.disk_usage(store.parent).free / 1e9
+        if total > free:
+            raise RunError(f"{len(files)} decoded images take {total:.2f} GB, and {store.parent} has "
+                           f"{free:.2f} GB left; --cache DIR may be on another disk, --limit N takes fewer")
+        print(f"decoding {len(files)} images once into {total:.2f} GB: {store}", flush=True)
+        file.write(bytes(4 * len(files)))  # the place of the aspects, which are known at the end
+        for first in range(0, len(files), 1000):
+            for pixels, aspect in pool.map(read, files[first:first + 1000]):
+                file.write(pixels)
+                aspects.append(aspect)
+            done, rate = len(aspects), len(aspects) / (time.monotonic() - began)
+            left = timedelta(seconds=round((len(files) - done) / rate))
+            line = f"{done}/{len(files)} images, {rate:.0f}/s, {left} left"
+            live(line)
+            if done % 20_000 == 0 or done == len(files):
+                print(line, flush=True)
+            if len(bad) > 0.01 * len(files):
+                raise RunError(f"{len(bad)} of {len(files)} images do not decode: {'; '.join(bad[:20])}")
+        file.seek(0)
+        file.write(np.array(aspects, np.float32))
     if bad:
         print(f"left out {len(bad)} of {len(files)} images, not decodable: {'; '.join(bad)}", file=sys.stderr)
 
@@ -600,17 +566,16 @@ n02090622
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for all sets
 
 
-def crop_weights(start: Tensor, length: Tensor, flip: Tensor, source: int, size: int) -> Tensor:
-    """Matrices (..., size, source) that cut [start, start + length) out of `source` pixels and resize it.
+def crop_weights(start: Tensor, length: Tensor, source: int, size: int) -> Tensor:
+    """Matrices (B, size, source) that cut [start, start + length) out of `source` pixels and resize it.
 
     Bilinear with antialiasing, as torchvision's resize: a triangle of half-width max(length / size, 1) source
-    pixels around each target pixel's centre, cut at the crop's edge and normalised. flip mirrors the result.
+    pixels around each target pixel's centre, cut at the crop's edge and normalised.
     """
-    start, scale = start[..., None, None], (length / size)[..., None, None]         # (..., 1, 1)
-    target = torch.arange(0.5, size, device=start.device)
-    target = torch.where(flip[..., None], size - target, target)[..., None]         # (..., S, 1)
-    place = torch.arange(0.5, source, device=start.device) - start                  # (..., 1, H) in the crop
-    weights = (1 - (place - target * scale).abs() / scale.clamp(min=1)).clamp(min=0)    # (..., S, H)
+    start, scale = start[:, None, None], (length / size)[:, None, None]             # (B, 1, 1)
+    target = torch.arange(0.5, size, device=start.device)[:, None]                  # (S, 1)
+    place = torch.arange(0.5, source, device=start.device) - start                  # (B, 1, H) in the crop
+    weights = (1 - (place - target * scale).abs() / scale.clamp(min=1)).clamp(min=0)    # (B, S, H)
     weights = weights * ((place > 0) & (place < size * scale))
     return weights / weights.sum(-1, keepdim=True)
 
@@ -618,24 +583,17 @@ def crop_weights(start: Tensor, length: Tensor, flip: Tensor, source: int, size:
 def resized_crop(images: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor, flip: Tensor,
                  size: int) -> Tensor:
     """Crop boxes (B,) in pixels, resize to size x size, mirror where flip: two matmuls on (B, 3, H, W)."""
-    h, w = images.shape[2:]
-    start, length = torch.stack([top, left]), torch.stack([height, width])
-    mirror = torch.stack([torch.zeros_like(flip), flip])
-    weights = crop_weights(start, length, mirror, max(h, w), size)                  # (2, B, S, max(H, W))
-    rows, columns = weights[:, :, None]
-    return rows[..., :h] @ images @ columns[..., :w].transpose(2, 3)
-
-
-def grayscale(x: Tensor) -> Tensor:
-    """ITU-R 601 luma as torchvision weighs it: (B, 3, H, W) -> (B, 1, H, W)."""
-    return (x[:, 0:1] * 0.2989).add(x[:, 1:2], alpha=0.587).add(x[:, 2:3], alpha=0.114)
+    rows = crop_weights(top, height, images.shape[2], size)                         # (B, S, H)
+    columns = crop_weights(left, width, images.shape[3], size)                      # (B, S, W)
+    columns = torch.where(flip[:, None, None], columns.flip(1), columns)
+    return rows[:, None] @ images @ columns[:, None].mT
 
 
 def adjust(x: Tensor, what: int, strength: Tensor) -> Tensor:
     """torchvision's brightness, contrast, saturation (0 to 2) by 1 + strength (B, 1, 1, 1), hue (3) by it."""
     if what == 3:
         return hue(x, strength)
-    base = 0.0 if what == 0 else grayscale(x)
+    base = 0.0 if what == 0 else rgb_to_grayscale(x)
     base = base.mean((2, 3), keepdim=True) if what == 1 else base
     return (x + strength * (x - base)).clamp(0, 1)
 
@@ -739,7 +697,7 @@ class BatchAugment(nn.Module):
                 if self.jitter[i]:
                     x = adjust(x, i, strength[:, i, None, None, None])
             if self.gray_p:
-                x = torch.where((gray < self.gray_p)[:, :, None, None], grayscale(x), x)
+                x = torch.where((gray < self.gray_p)[:, :, None, None], rgb_to_grayscale(x), x)
             if self.blur_p:
                 sigma = self.blur_sigma[0] + sigma * (self.blur_sigma[1] - self.blur_sigma[0])
                 x = gaussian_blur(x, sigma, blur < self.blur_p, self.basis)
@@ -748,23 +706,18 @@ class BatchAugment(nn.Module):
             return (x - self.mean[:, None, None]) / self.std[:, None, None]
 
 
-def center_view(images: Tensor, size: int, aspect: Tensor | None = None) -> Tensor:
-    """Evaluation input: the centre of (B, 3, H, H) uint8 at size x size, normalised like BatchAugment's."""
-    h, x = images.shape[2], images.float() / 255
-    if aspect is None:
-        margin = (h - size) // 2
-        x = x[:, :, margin:margin + size, margin:margin + size]
-    else:  # size / H of a photo's shorter side: torchvision's resize and centre crop
-        height, width = size * aspect.clamp(2 / size, 1), size / aspect.clamp(1, size / 2)  # (B,), squashed
-        still = torch.zeros_like(aspect, dtype=torch.bool)
-        x = resized_crop(x, (h - height) / 2, (h - width) / 2, height, width, still, size)
+def center_view(images: Tensor, size: int, aspect: Tensor) -> Tensor:
+    """Evaluation input: the centre of (B, 3, H, H) uint8 at size x size, normalised like BatchAugment's:
+    size / H of a photo's shorter side, as torchvision's resize and centre crop."""
+    height, width = size * aspect.clamp(2 / size, 1), size / aspect.clamp(1, size / 2)  # (B,), squashed
+    top, left = (images.shape[2] - height) / 2, (images.shape[3] - width) / 2
+    with torch.autocast(images.device.type, enabled=False):
+        x = resized_crop(images.float() / 255, top, left, height, width, aspect < 0, size)
     return (x - x.new_tensor(MEAN)[:, None, None]) / x.new_tensor(STD)[:, None, None]
 
 
 def save_grid(path: pathlib.Path, views: Tensor, columns: int) -> None:
     """A PNG of normalised images (N, 3, S, S), `columns` to a row."""
-    from torchvision.utils import save_image
-
     if rank() == 0:
         x = views.float().cpu() * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
         x = F.interpolate(x.clamp(0, 1), scale_factor=max(1, 64 // x.shape[-1]))  # so that a person sees it
@@ -782,8 +735,6 @@ def resnet(arch: str, stem: str) -> nn.Module:
     arch: resnet10 (one basic block a stage), resnet18, resnet34, resnet50. stem: "imagenet" (7x7 stride 2,
     max-pool) or "cifar" (3x3 stride 1, no pool; He et al. 2016, 4.2). Keys: torchvision's, without fc.
     """
-    from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
-
     block, layers = {"resnet10": (BasicBlock, [1, 1, 1, 1]), "resnet18": (BasicBlock, [2, 2, 2, 2]),
                      "resnet34": (BasicBlock, [3, 4, 6, 3]), "resnet50": (Bottleneck, [3, 4, 6, 3])}[arch]
     model = ResNet(block, layers)
@@ -806,11 +757,8 @@ def features(encoder: nn.Module, images: ImageSet, size: int, device: torch.devi
     """Frozen features (N, dim) float32 of an ImageSet's centre views in eval mode, and their labels (N,)."""
     mode = encoder.training
     encoder.eval()
-    order, parts, rows = torch.arange(len(images)).split(500), [], []
-    for index in order:
-        share = -(-len(index) // world())  # of each process; the last images may be seen by two
-        parts.append(index[(torch.arange(share) + rank() * share) % len(index)])
-    for index, (x, aspect, _) in zip(order, images.batches(parts, device)):
+    order, rows = torch.arange(len(images)).split(500), []
+    for index, (x, aspect, _) in zip(order, images.batches(order, device)):
         x = center_view(x, size, aspect).contiguous(memory_format=torch.channels_last)
         rows.append(gather(encoder(x).float())[:len(index)])
         live(f"features of {index[-1] + 1}/{len(images)} images")
@@ -821,10 +769,8 @@ def features(encoder: nn.Module, images: ImageSet, size: int, device: torch.devi
 @torch.no_grad()
 def knn(train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor,
         k: int = 200, temperature: float = 0.1) -> float:
-    """Weighted kNN by cosine (Wu et al. 2018, 3.4): the k nearest vote with exp(cos / temperature). Percent.
-
-    features (N, D) and (M, D), any scale; labels (N,) and (M,). k is lowered to N where there are fewer.
-    """
+    """Weighted kNN by cosine (Wu et al. 2018, 3.4): the k nearest, or all of fewer, vote with
+    exp(cos / temperature). Features (N, D) and (M, D) of any scale -> top-1 in percent."""
     train = F.normalize(train_features.float(), dim=1)
     classes, right = int(train_labels.max()) + 1, 0
     for rows, labels in zip(test_features.split(1000), test_labels.split(1000)):
@@ -843,8 +789,8 @@ def spectrum(x: Tensor) -> dict[str, float]:
     unit = F.normalize(x.float(), dim=1)
     singular = torch.linalg.svdvals(unit - unit.mean(0))
     p = singular / singular.sum().clamp(min=1e-12)
-    return {"feature_std": rounded(unit.std(0, correction=0).mean().item() * unit.shape[1] ** 0.5),
-            "effective_rank": rounded(torch.special.entr(p).sum().exp().item())}
+    return {"feature_std": round(unit.std(0, correction=0).mean().item() * unit.shape[1] ** 0.5, 6),
+            "effective_rank": round(torch.special.entr(p).sum().exp().item(), 6)}
 
 
 # ------------------------------------------------------------------------------------ precision, optimisers
@@ -900,9 +846,8 @@ class LARS(torch.optim.Optimizer):
     Biases, norms and gates get neither decay nor scaling.
     """
 
-    def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.9,
-                 eta: float = 0.02):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, eta=eta))
+    def __init__(self, params, lr: float, weight_decay: float = 0.0):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=0.9, eta=0.02))
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -945,10 +890,8 @@ def cosine(step: int, steps: int, warmup: int) -> float:
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path, keep: bool = False):
-    """A file for writing that takes path's place when it is whole: a crash leaves the old one or the new one.
-
-    keep: the old one stays as .previous. Raises RunError, nothing changed, where it cannot be written.
-    """
+    """A file for writing that takes path's place when it is whole; keep: the old one stays as .previous.
+    RunError, nothing changed, where it cannot be written."""
     new = path.with_name(path.name + ".tmp")
     try:
         with open(new, "wb") as file:
@@ -962,17 +905,16 @@ def replacing(path: pathlib.Path, keep: bool = False):
         os.fsync(folder)  # the renames too, so that they survive a power cut
         os.close(folder)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        new.unlink(missing_ok=True)
         cause = error if isinstance(error, OSError) else error.__context__ or error
         reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
         raise RunError(f"could not write {path} ({reason}); what stood there is untouched") from None
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: pathlib.Path) -> dict:
     """The dict of tensors and plain values in a file of torch.save; tensors stay on the disk until copied.
-
-    Raises RunError where the container's checksums do not fit, or for anything else in it, never unpickled.
-    """
+    RunError where a checksum does not fit, or for anything else in it, which is never unpickled."""
     try:
         with zipfile.ZipFile(path) as container:
             if container.testzip() is not None:
@@ -989,23 +931,8 @@ def seeded(*key: int | str, device: torch.device | str = "cpu") -> torch.Generat
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def duration(seconds: float) -> str:
-    """Seconds as a person reads them: 45s, 12m, 3h10m, 14d."""
-    minutes = int(seconds / 60)
-    if minutes < 120:
-        return f"{seconds:.0f}s" if minutes < 2 else f"{minutes}m"
-    return f"{minutes // 60}h{minutes % 60:02}m" if minutes < 2880 else f"{minutes // 1440}d"
-
-
-def rounded(value):
-    """Six significant digits, for the log."""
-    return [rounded(v) for v in value] if isinstance(value, list) else float(f"{value:.6g}")
-
-
 def flops(arch: str, stem: str, size: int) -> int:
     """Floating-point operations of a forward pass of two images, counted on tensors without memory."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         resnet(arch, stem)(torch.zeros(2, 3, size, size))
     return counter.get_total_flops()
@@ -1015,7 +942,7 @@ class Run:
     """One pretraining run: its data, device, precision, schedule, log and checkpoint. A training loop reads
 
         run = Run(cfg, "method", "variant"); ...build the modules...; run.start(model, encoder)
-        for images, aspect, index in run.batches():     # uint8 (B, 3, H, H), (B,) or None, positions (B,)
+        for images, aspect, index in run.batches():     # uint8 (B, 3, H, H), (B,), positions (B,)
             with run.autocast(): loss = ...
             run.optimise(loss)
             run.log(loss=loss)
@@ -1056,15 +983,13 @@ class Run:
         self.steps_per_epoch = len(images) // cfg.batch
         self.steps = self.steps_per_epoch * cfg.epochs
         self.lr = cfg.lr * cfg.batch / 256
-        self.epoch = self.step = self.stopping = 0
+        self.step = self.stopping = 0
         self.bad = torch.zeros((), dtype=torch.bool, device=self.device)  # whether a loss was not finite
         self.seconds, self.sums = 0.0, {}  # of training in all; of this epoch's logged values
 
     def start(self, model: nn.Module, encoder: nn.Module, bank: nn.Module | None = None) -> None:
-        """Move the modules to the device, make the optimizer, claim the folder, go on from its checkpoint.
-
-        model holds all that is trained or averaged, encoder among it; bank is saved beside it.
-        """
+        """Move the modules to the device, claim the folder, go on from its checkpoint. model holds all that
+        is trained or averaged, encoder among it; bank is saved beside it."""
         cfg = self.cfg
         if world() > 1 and self.device.type == "cuda" and cfg.sync_bn:  # on CPUs each normalises its own part
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -1092,7 +1017,7 @@ class Run:
                   "size": self.size, "images": len(self.images), "steps": self.steps, "effective_lr": self.lr,
                   "config": vars(cfg), "parameters": size, "encoder_parameters": encoder_size, **origin(),
                   "device": device_name(self.device), "precision": str(self.dtype).removeprefix("torch."),
-                  "processes": world(), "started": datetime.datetime.now().isoformat(timespec="seconds")}
+                  "processes": world(), "started": datetime.now().isoformat(timespec="seconds")}
         self.lines = [json.dumps(header)]
         other = " (--recipe cifar is the full one)" if cfg.recipe == "small" else ""
         say(f"{self.method} {self.variant}: {cfg.dataset}, {len(self.images)} images, {self.steps} steps "
@@ -1107,25 +1032,23 @@ class Run:
     def _resume(self) -> None:
         path, log = self.out / "checkpoint.pt", self.out / "log.jsonl"
         found = [p for p in (path, path.with_suffix(".previous")) if p.exists()]
-        if not found and log.exists():
-            self._refuse_other(json.loads(log.read_text().splitlines()[0]))
-        state = None
+        if not found:
+            if log.exists():
+                self._refuse_other(json.loads(log.read_text().splitlines()[0]))
+            return
         for candidate in found:
             try:
                 state = read_checkpoint(candidate)
                 break
             except RunError as error:
                 print(f"{error}; trying the one before it", file=sys.stderr)
-        if found and state is None:
+        else:
             raise RunError(f"no checkpoint in {self.out} can be read; move the folder away to start anew")
-        if state is None:
-            return
         try:
             self._refuse_other(state)
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
-            self.epoch, self.step, self.lines = state["epoch"], state["step"], state["log"]
-            self.seconds = state["seconds"]
+            self.step, self.lines, self.seconds = state["step"], state["log"], state["seconds"]
             self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
             torch.set_rng_state(state["rng"]["cpu"].clone())
             if self.device.type == "cuda":
@@ -1158,8 +1081,8 @@ class Run:
         if self.device.type == "cuda":
             state["rng"]["cuda"] = torch.cuda.get_rng_state(self.device)
         state |= {"method": self.method, "arch": self.cfg.arch, "stem": self.stem, "config": vars(self.cfg),
-                  "epoch": self.epoch, "step": self.step, "seconds": self.seconds, "log": self.lines,
-                  "sums": self.sums}
+                  "epoch": self.step // self.steps_per_epoch, "step": self.step, "seconds": self.seconds,
+                  "log": self.lines, "sums": self.sums}
         with replacing(self.out / "checkpoint.pt", keep=True) as file:
             torch.save(state, file)
 
@@ -1177,72 +1100,75 @@ class Run:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def batches(self):
-        """Yields (images, aspect, index) for every step that is left; ends with the final files.
-
-        Exit status 128 + n after signal n, 3 after --minutes, both with a checkpoint.
-        """
-        if self.epoch == self.cfg.epochs and (self.out / "backbone.pt").exists():
-            say(f"nothing left to do: {self.out / 'backbone.pt'}")
+        """Yields (images, aspect, index) for every step that is left; ends with the final files. Exit status
+        128 + n after signal n, 3 after --minutes, both with a checkpoint."""
+        backbone = self.out / "backbone.pt"
+        if self.step == self.steps and backbone.exists():
+            say(f"nothing left to do: {backbone}")
             return
         handlers = {n: signal.signal(n, lambda number, _: setattr(self, "stopping", 128 + number))
                     for n in (signal.SIGTERM, signal.SIGINT)}
         try:
             self.began = self.saved = time.monotonic()
-            self.first = self.step  # of this process
-            while self.epoch < self.cfg.epochs:
+            self.first = self.step, self.seconds  # of this process
+            while self.step < self.steps:
                 yield from self._one_epoch()
             self.save()
-            self._write_backbone()
+            if rank() == 0:
+                weights = {key: value.cpu() for key, value in self.encoder.state_dict().items()}
+                with replacing(backbone) as file:
+                    torch.save({**weights, "arch": self.cfg.arch, "stem": self.stem}, file)
+            say(f"done in {self.seconds / 60:.1f} min: {backbone}")
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
     def _one_epoch(self):
-        spe, before = self.steps_per_epoch, self.seconds
+        spe, before, began = self.steps_per_epoch, self.seconds, time.monotonic()
         warmup = min(round(self.cfg.warmup * spe), self.steps // 10)
-        order = torch.randperm(len(self.images), generator=seeded("order", self.cfg.seed, self.epoch))
-        order = order.to(self.images.rows.device).split(self.cfg.batch)[self.step - self.epoch * spe:spe]
-        self.mark = time.monotonic(), self.step  # where this epoch began in this process
-        for batch in self.images.batches([index.chunk(world())[rank()] for index in order], self.device):
+        order = torch.randperm(len(self.images), generator=seeded("order", self.cfg.seed, self.step // spe))
+        order = order.to(self.images.rows.device).split(self.cfg.batch)[self.step % spe:spe]
+        for batch in self.images.batches(order, self.device):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr * cosine(self.step, self.steps, warmup)
             yield batch
             self.step += 1
-            self.seconds = before + time.monotonic() - self.mark[0]
+            self.seconds = before + time.monotonic() - began
             self._show_progress()
+            if self.step % spe == 0:
+                self._log_epoch(self.step // spe)
             self._save_or_stop()
-        self.epoch += 1
-        rate, left = self._pace()  # before the monitor, which takes time of its own
+
+    def _log_epoch(self, epoch: int) -> None:
         self._stop_if_bad()
-        means = {name: rounded((value / spe).tolist()) for name, value in self.sums.items()}
+        line = {"epoch": epoch, "step": self.step, "lr": self.optimizer.param_groups[0]["lr"]}
+        line |= {name: round(x.item() / self.steps_per_epoch, 6) for name, x in self.sums.items()}
         self.sums = {}
-        line = {"epoch": self.epoch, "step": self.step, "lr": rounded(self.optimizer.param_groups[0]["lr"]),
-                **means}
-        if self.cfg.knn_every and (self.epoch % self.cfg.knn_every == 0 or self.epoch == self.cfg.epochs):
+        if self.cfg.knn_every and (epoch % self.cfg.knn_every == 0 or epoch == self.cfg.epochs):
             line |= self.monitor()
+        rate, left = self._pace()
         line |= {"images_per_s": round(rate, 1), "minutes": round(self.seconds / 60, 3)}
         self.lines.append(json.dumps(line))
         self._write_log()
         shown = " ".join(f"{k} {v}" for k, v in line.items() if k not in ("epoch", "step", "lr", "minutes"))
-        say(f"epoch {self.epoch}/{self.cfg.epochs} {shown}, {duration(left)} left")
+        say(f"epoch {epoch}/{self.cfg.epochs} {shown}, {timedelta(seconds=round(left))} left")
 
     def _pace(self) -> tuple[float, float]:
-        """Images (not views) per second in this epoch, and seconds to the end at the pace so far."""
-        now, (began, first) = time.monotonic(), self.mark
-        rate = (self.step - first) * self.cfg.batch / max(1e-9, now - began)
-        return rate, (now - self.began) / max(1, self.step - self.first) * (self.steps - self.step)
+        """Images (not views) per second in this process, the monitor's time left out, and seconds to go."""
+        step, seconds = self.first
+        pace = (self.seconds - seconds) / (self.step - step)
+        return self.cfg.batch / pace, pace * (self.steps - self.step)
 
     def _show_progress(self) -> None:
         cfg, (rate, left) = self.cfg, self._pace()
-        if rank() == 0:
-            live(f"{self.epoch + 1}/{cfg.epochs} step {self.step}/{self.steps} {rate:.0f} images/s, "
-                 f"{duration(left)} left")
-        if self.step - self.first == 20 and self.step < self.steps:
-            line = f"estimated end in {duration(left)}"
+        live(f"step {self.step}/{self.steps} {rate:.0f} images/s, {timedelta(seconds=round(left))} left")
+        if self.step - self.first[0] == 20 and self.step < self.steps:
+            line = f"estimated end in {timedelta(seconds=round(left))}"
             if cfg.recipe == "small":  # every method's cifar recipe is ResNet-18 on all images for 200 epochs
                 full = flops("resnet18", "cifar", SIZES[cfg.dataset]) * IMAGES[cfg.dataset] * 200
                 ours = flops(cfg.arch, self.stem, self.view) * (self.steps - self.step) * cfg.batch
-                line += f"; --recipe cifar would take about {duration(left * full / ours)} here"
+                whole = timedelta(seconds=round(left * full / ours))
+                line += f"; --recipe cifar would take about {whole} here"
             say(line)
 
     def _save_or_stop(self) -> None:
@@ -1264,13 +1190,6 @@ class Run:
                 "the same command goes on from there")
             raise SystemExit(status)
 
-    def _write_backbone(self) -> None:
-        if rank() == 0:
-            weights = {key: value.cpu() for key, value in self.encoder.state_dict().items()}
-            with replacing(self.out / "backbone.pt") as file:
-                torch.save({**weights, "arch": self.cfg.arch, "stem": self.stem}, file)
-        say(f"done in {self.seconds / 60:.1f} min: {self.out / 'backbone.pt'}")
-
     def optimise(self, loss: Tensor) -> None:
         """Backward and one optimizer step. RunError on a loss that is not finite: at once on a CPU, elsewhere
         within 50 steps, so that no step waits for the device; nothing of it is ever saved. In fp16 the scaler
@@ -1286,23 +1205,19 @@ class Run:
         self.scaler.update()
 
     def _stop_if_bad(self, values: list[Tensor] = ()) -> None:
-        fp16 = self.scaler.is_enabled()
-        if (self.scaler.get_scale() < 1) if fp16 else self.bad:
-            what = "loss or gradients are not finite at"
-        elif values and not torch.stack(torch._foreach_norm(values)).sum().isfinite():
-            what = "parameters are not finite after"
-        else:
-            return
-        lr = self.optimizer.param_groups[0]["lr"]
-        raise RunError(f"{what} step {self.step} (lr {lr:.4g}); the checkpoint before it is untouched; "
-                       "try a lower --lr or a longer --warmup, with another --out")
+        bad = self.bad
+        if self.scaler.is_enabled():
+            bad = self.scaler.get_scale() < 1
+        if bad or values and not torch.stack(torch._foreach_norm(values)).sum().isfinite():
+            lr = self.optimizer.param_groups[0]["lr"]
+            raise RunError(f"loss, gradients or parameters are not finite at step {self.step} (lr {lr:.4g}); "
+                           "the last checkpoint is untouched; try a lower --lr or longer --warmup, and --out")
 
     @torch.no_grad()
     def log(self, **values: Tensor) -> None:
-        """Add this step's values (scalars or small vectors) to the epoch's means, on the device."""
+        """Add this step's values (scalars) to the epoch's means, on the device."""
         for name, value in values.items():
-            value = value.detach().float()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+            self.sums[name] = self.sums.get(name, 0) + value.float()
 
     @torch.no_grad()
     def monitor(self) -> dict[str, float]:

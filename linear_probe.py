@@ -19,7 +19,6 @@ import functools
 import hashlib
 import json
 import pathlib
-import sys
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -121,8 +120,7 @@ def sgd_probe(encoder: nn.Module, train: ImageSet, test: ImageSet, cfg: Config,
     for epoch in range(cfg.epochs):
         order = torch.randperm(len(train), generator=seeded(cfg.seed, epoch))
         whole = order.split(batch)[:len(train) // batch]
-        parts = [positions.chunk(world())[rank()] for positions in whole]
-        for step, (images, aspect, index) in enumerate(train.batches(parts, device)):
+        for step, (images, aspect, index) in enumerate(train.batches(whole, device)):
             with torch.no_grad():
                 x = common.gather(encoder(augment(images, seeded(cfg.seed, epoch, step), aspect)))  # (B, D)
             loss = F.cross_entropy(head(x), labels[common.gather(index)])
@@ -130,10 +128,7 @@ def sgd_probe(encoder: nn.Module, train: ImageSet, test: ImageSet, cfg: Config,
             loss.backward()
             optimizer.step()
             scheduler.step()
-        if sys.stdout.isatty() and rank() == 0:
-            end = "\n" if epoch + 1 == cfg.epochs else ""
-            line = f"SGD probe: epoch {epoch + 1}/{cfg.epochs}, loss {loss.item():.3f}"
-            print(f"\r\033[K{line}", end=end, flush=True)
+        common.live(f"SGD probe: epoch {epoch + 1}/{cfg.epochs}, loss {loss.item():.3f}")
     with torch.no_grad():
         x, y = features(encoder, test, cfg.size, device)
         return accuracy(head(x), y)
@@ -362,4 +357,4 @@ def probe(cfg: Config) -> dict | None:
 
 if __name__ == "__main__":
     with common.one_line_errors():
-        probe(common.parse(Config, __doc__, shared=object))
+        probe(common.parse(Config, __doc__))

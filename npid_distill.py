@@ -225,14 +225,13 @@ def calibrate(bank: MemoryBank, model: nn.Module, augment: nn.Module, run) -> No
     mode, where an untrained network's batch norms are the identity, so that all rows are nearly one point
     (mean cosine 0.97 against 0.31). random leaves the rows as they are, as NPID does.
     """
-    from common import broadcast, center_view, gather, rank, world
+    from common import broadcast, center_view, gather
 
     began, augmented = time.monotonic(), run.cfg.init == "augmented"
     model.train(augmented)
     count, batch = len(run.images), run.cfg.batch
     order = torch.arange(-(-count // batch) * batch) % count  # the first ones again fill up the last batch
-    parts = [part.chunk(world())[rank()] for part in order.split(batch)]
-    for n, (images, aspect, index) in enumerate(run.images.batches(parts, run.device)):
+    for n, (images, aspect, index) in enumerate(run.images.batches(order.split(batch), run.device)):
         if augmented:
             x = augment(images, run.generator(f"init {n}"), aspect)
         else:

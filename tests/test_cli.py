@@ -31,7 +31,7 @@ def start(script, *flags):
     try:
         with common.one_line_errors():
             if script is linear_probe:
-                linear_probe.probe(common.parse(linear_probe.Config, "", [*map(str, flags)], shared=object))
+                linear_probe.probe(common.parse(linear_probe.Config, "", [*map(str, flags)]))
             else:
                 script.train(parsed(script, *flags))
     except SystemExit as end:
@@ -135,7 +135,7 @@ def test_the_commands_of_make_and_of_docstrings_are_well_formed():
         script, flags = taken_apart(words)
         seen.add(script)
         if script == "linear_probe.py":
-            common.parse(linear_probe.Config, "", flags, shared=object)
+            common.parse(linear_probe.Config, "", flags)
         elif script != "results/tables.py":
             cfg = parsed(importlib.import_module(script.removesuffix(".py")), *flags, "--device", "cuda")
             assert cfg.optimizer != "sgd" or cfg.lr * cfg.batch / 256 <= 1.1, words  # beyond: LARS

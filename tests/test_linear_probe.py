@@ -14,7 +14,7 @@ from conftest import ROOT, TINY, parsed
 
 
 def probe(*flags):
-    return linear_probe.probe(common.parse(linear_probe.Config, "", [*map(str, flags)], shared=object))
+    return linear_probe.probe(common.parse(linear_probe.Config, "", [*map(str, flags)]))
 
 
 def rows_of(folder):
@@ -143,7 +143,7 @@ def test_a_probe_that_dies_leaves_what_it_knew_in_the_row_that_is_completed_next
 
 
 def test_held_out_never_asks_for_the_test_split_and_its_parts_are_disjoint(few):
-    cfg = common.parse(linear_probe.Config, "", "--random --split held-out --size 16".split(), shared=object)
+    cfg = common.parse(linear_probe.Config, "", "--random --split held-out --size 16".split())
     linear_probe.fill_in(cfg, [])
     train, test = linear_probe.load_splits(cfg)
     assert few == ["train"] and len(test) == 6

@@ -176,7 +176,7 @@ def test_every_row_is_filled_by_the_calibration_that_was_asked_for(init, tmp_pat
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(49))
     assert (rows == drawn).all(1).sum() == (49 if init == "random" else 0)
     assert len(rows.unique(dim=0)) == 49 and run.model.training
-    centre = common.center_view(run.images.pixels[run.images.rows], 16)
+    centre = common.center_view(run.images.pixels[run.images.rows], 16, run.images.aspect)
     want = F.normalize(run.model.eval()(centre), dim=1)
     assert torch.allclose(rows, want, atol=1e-4) == (init == "forward")
 

@@ -97,7 +97,7 @@ def test_the_probe_of_two_processes_is_that_of_one_and_they_decode_once(tmp_path
     assert done.stdout.count("decoding 60 images") == done.stdout.count("decoding 40 images") == 1
     two, = [json.loads(line) for line in (tmp_path / "two" / "results.jsonl").read_text().splitlines()]
     argv = [*probe, "--out", str(tmp_path / "one")]
-    one = linear_probe.probe(common.parse(linear_probe.Config, "", argv, shared=object))
+    one = linear_probe.probe(common.parse(linear_probe.Config, "", argv))
     assert two["command"].startswith("torchrun --nnodes=1 --nproc-per-node=2 linear_probe.py --random ")
     for metric in linear_probe.METRICS:
         assert two[metric] == pytest.approx(one[metric], abs=2.6), metric  # one of 40 images
