@@ -2,12 +2,13 @@
 # By the networks' own arithmetic 3.4e18 operations, 16 hours at a sustained 60 TFLOP/s; not measured.
 #   MINUTES=9 bash results/published.sh      # a run saves and stops after 9 minutes, with status 3;
 #                                            # the same line goes on, and does nothing when all is done
-# ARGS: further flags of every pretraining.
+# ARGS and PROBE: further flags of every pretraining and of every probe, to try it out, as
+#   ARGS="--epochs 1 --limit 512 --batch 64 --view 16" PROBE="--epochs 1 --fraction 0.01"
 set -e
 run() {  # run NAME SCRIPT FLAGS...
   out=runs/published/$1; shift
   python "$@" --minutes "${MINUTES:-0}" --out $out $ARGS
-  python linear_probe.py --backbone $out/backbone.pt
+  python linear_probe.py --backbone $out/backbone.pt $PROBE
 }
 run cifar100-npid     npid_distill.py --dataset cifar100 --recipe cifar
 run cifar100-moco     bassl.py --dataset cifar100 --recipe cifar --layers 0 --framework moco

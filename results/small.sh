@@ -2,7 +2,7 @@
 set -e
 for seed in 0 1 2; do
   out=runs/small/before-$seed
-  python bassl.py --dataset cifar10 --recipe small --layers 0 --view 32 --stem imagenet --epochs 6 \
+  python bassl.py --dataset cifar10 --recipe small --layers 0 --view 32 --stem imagenet --epochs 4 \
     --seed $seed --out $out
   python linear_probe.py --backbone $out/backbone.pt
   out=runs/small/small-$seed
