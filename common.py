@@ -1167,8 +1167,7 @@ class Run:
             if cfg.recipe == "small":  # every method's cifar recipe is ResNet-18 on all images for 200 epochs
                 full = flops("resnet18", "cifar", SIZES[cfg.dataset]) * IMAGES[cfg.dataset] * 200
                 ours = flops(cfg.arch, self.stem, self.view) * (self.steps - self.step) * cfg.batch
-                whole = timedelta(seconds=round(left * full / ours))
-                line += f"; --recipe cifar would take about {whole} here"
+                line += f"; --recipe cifar would take about {left * full / ours / 3600:.0f} hours here"
             say(line)
 
     def _save_or_stop(self) -> None:
