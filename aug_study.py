@@ -47,23 +47,20 @@ class Config:
 # Values of the flags that are not given, by --recipe; "cifar moco": what differs for a method or a set.
 RECIPES = {
     # Two CPU cores: views of 16 px cut at the image's own resolution, through a stem that keeps them.
-    "small": dict(
-        arch="resnet10", stem="auto", view=16, batch=128, epochs=2, limit=0,
-        optimizer="adamw", lr=0.004, wd=5e-4, warmup=0.0,
-        temperature=0.2, queue=4096, momentum_end=1.0),
+    "small": dict(arch="resnet10", stem="auto", view=16, batch=128, epochs=2, limit=0,
+                  optimizer="adamw", lr=0.004, wd=5e-4, warmup=0.0,
+                  temperature=0.2, queue=4096, momentum_end=1.0),
     # The demo: four minutes in all.
     "small shapes": dict(stem="imagenet", view=24, batch=64, epochs=3, lr=0.008, limit=5120),
     "small tinyimagenet": dict(stem="imagenet", view=64, epochs=3, limit=20_000),
     # lightly's CIFAR-10 benchmark: SGD 0.06 at batch 128 (SwAV: Adam there). Temperature: solo-learn's CIFAR.
-    "cifar": dict(
-        arch="resnet18", stem="auto", view=0, batch=512, epochs=200, limit=0,
-        optimizer="sgd", lr=0.12, wd=5e-4, warmup=0.0,
-        temperature=0.2, queue=8192, momentum_end=1.0),
+    "cifar": dict(arch="resnet18", stem="auto", view=0, batch=512, epochs=200, limit=0,
+                  optimizer="sgd", lr=0.12, wd=5e-4, warmup=0.0,
+                  temperature=0.2, queue=8192, momentum_end=1.0),
     # solo-learn's ImageNet-100.
-    "imagenet": dict(
-        arch="resnet18", stem="auto", view=0, batch=256, epochs=400, limit=0,
-        optimizer="lars", lr=0.3, wd=1e-4, warmup=10.0,
-        temperature=0.2, queue=65_536, momentum_end=1.0),
+    "imagenet": dict(arch="resnet18", stem="auto", view=0, batch=256, epochs=400, limit=0,
+                     optimizer="lars", lr=0.3, wd=1e-4, warmup=10.0,
+                     temperature=0.2, queue=65_536, momentum_end=1.0),
     "small moco": dict(temperature=0.1, momentum_end=0.99),
     "cifar moco": dict(temperature=0.1, momentum_end=0.99),       # lightly
     "cifar simsiam": dict(lr=0.03),                               # Chen & He 2021, D; lightly: 0.06 at 512
@@ -99,9 +96,9 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.2) -> Tensor:
     """
     z = F.normalize(torch.cat([z1, z2]), dim=1)                                  # (2B, D)
     logits = z @ z.T / temperature                                               # (2B, 2B)
-    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    logits.fill_diagonal_(float("-inf"))                                         # no view is its own negative
     positive = torch.arange(len(z), device=z.device).roll(len(z1))               # row i's partner
-    return F.cross_entropy(logits.masked_fill(itself, float("-inf")), positive)
+    return F.cross_entropy(logits, positive)
 
 
 @in_float32
@@ -115,29 +112,22 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.1) -> T
 
 @in_float32
 def cosine_loss(p: Tensor, z: Tensor) -> Tensor:
-    """Mean of -cos(p, z) over (B, D); no gradient into z (Chen & He 2021, eq. 1).
-
-    BYOL's 2 - 2 cos (Grill et al. 2020, eq. 2) has twice the gradient: a rate belongs to one scale or the
-    other, and the rates here are lightly's and SimSiam's, for this one.
-    """
+    """Mean of -cos(p, z) over (B, D), no gradient into z (Chen & He 2021, eq. 1). BYOL's 2 - 2 cos (Grill et
+    al. 2020, eq. 2) has twice the gradient; the rates here, lightly's and SimSiam's, are for this scale."""
     return -F.cosine_similarity(p, z.detach(), dim=1).mean()
 
 
 @in_float32
 def barlow_loss(z1: Tensor, z2: Tensor, weight: float = 0.0051) -> Tensor:
-    """Barlow Twins (Zbontar et al. 2021, eq. 1): the views' cross-correlation (D, D) toward the identity.
-
-    z1, z2: (B, D); weight: of the off-diagonal.
-    """
+    """Barlow Twins (Zbontar et al. 2021, eq. 1): the cross-correlation (D, D) of two views (B, D) toward the
+    identity; weight: of the off-diagonal."""
     z = torch.stack([z1, z2])                                                    # (2, B, D)
     z = (z - z.mean(1, keepdim=True)) / (z.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
     on = (z[0] * z[1]).mean(0)                               # (D,), the diagonal of c = z1.T @ z2 / B
-    if z.shape[1] < z.shape[2]:  # |z1.T z2|^2 = <z1 z1.T, z2 z2.T>: a sixteenth of the work at B 128, D 2048
-        g1, g2 = z @ z.mT                                                        # (B, B) each
-        squares = (g1 * g2).sum()
-    else:
-        squares = (z[0].T @ z[1]).square().sum()
-    return (1 - on).square().sum() + weight * (squares / z.shape[1] ** 2 - on.square().sum())
+    # |z1.T z2|^2 = <z1 z1.T, z2 z2.T>: a sixteenth of the work at B 128, D 2048.
+    g1, g2 = z @ z.mT                                                            # (B, B) each
+    squares = (g1 * g2).sum() / z.shape[1] ** 2
+    return (1 - on).square().sum() + weight * (squares - on.square().sum())
 
 
 @in_float32
@@ -148,8 +138,8 @@ def vicreg_loss(z1: Tensor, z2: Tensor, invariance: float = 25.0, variance: floa
     z = torch.stack([z1, z2])                                                    # (2, B, D)
     x = (z - z.mean(1, keepdim=True)) / math.sqrt(z.shape[1] - 1)                # x.T @ x is the covariance
     on = x.square().sum(1)                                                       # (2, D), its diagonal
-    small = x if z.shape[1] < z.shape[2] else x.mT           # x.T @ x and x @ x.T have equal sums of squares
-    off_diagonal = (small @ small.mT).square().sum() - on.square().sum()
+    # x.T @ x and x @ x.T have equal sums of squares; the second, (B, B), is less work.
+    off_diagonal = (x @ x.mT).square().sum() - on.square().sum()
     spread = F.relu(1 - (on + 1e-4).sqrt()).mean()
     return invariance * F.mse_loss(*z) + variance * spread + covariance / z.shape[2] * off_diagonal
 
@@ -167,10 +157,9 @@ def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tens
 
 
 @in_float32
-def swav_loss(scores: Tensor, target_scores: Tensor, temperature: float = 0.1,
-              epsilon: float = 0.05) -> Tensor:
+def swav_loss(scores: Tensor, target_scores: Tensor, temperature: float = 0.1) -> Tensor:
     """SwAV (Caron et al. 2020, eq. 2): one view's prototype scores (B, K) against the codes of another's."""
-    return -(sinkhorn(target_scores, epsilon) * F.log_softmax(scores / temperature, dim=1)).sum(1).mean()
+    return -(sinkhorn(target_scores) * F.log_softmax(scores / temperature, dim=1)).sum(1).mean()
 
 
 @in_float32
@@ -199,25 +188,19 @@ class Method:
     center: float = 0.0                  # rate at which the mean teacher output is tracked
     last_norm: bool = False              # BN after the projector's last layer
     aug: str = "simclr"                  # default augmentation
-    source: str = "lightly's CIFAR-10 benchmark"
 
 
+# Widths and rates: lightly's CIFAR-10 benchmark; SimSiam: Chen & He 2021, 4.6; VICReg: Barlow Twins'.
 METHODS = {
-    "simclr": Method(lambda z, t, _, temperature: nt_xent(z, t, temperature), (512, 128),
-                     target_gradient=True),
-    "moco": Method(lambda q, k, queue, temperature: info_nce(q, k, queue, temperature), (512, 128),
-                   momentum=0.99, queue=True),
+    "simclr": Method(lambda z, t, _, tau: nt_xent(z, t, tau), (512, 128), target_gradient=True),
+    "moco": Method(info_nce, (512, 128), momentum=0.99, queue=True),
     "byol": Method(lambda p, t, *_: cosine_loss(p, t), (1024, 256), (1024, 256), momentum=0.99, aug="byol"),
-    "simsiam": Method(lambda p, t, *_: cosine_loss(p, t), (2048, 2048), (512, 2048), last_norm=True,
-                      source="Chen & He 2021, 4.6"),
-    "swav": Method(lambda s, t, *_: swav_loss(s, t), (512, 128), prototypes=512, aug="multicrop",
-                   source="lightly; Caron et al. 2020"),
-    "barlow": Method(lambda z, t, *_: barlow_loss(z, t), (2048, 2048), target_gradient=True, aug="byol",
-                     source="lightly; Zbontar et al. 2021"),
-    "vicreg": Method(lambda z, t, *_: vicreg_loss(z, t), (2048, 2048), target_gradient=True, aug="byol",
-                     source="Bardes et al. 2022; widths and rate: barlow's"),
+    "simsiam": Method(lambda p, t, *_: cosine_loss(p, t), (2048, 2048), (512, 2048), last_norm=True),
+    "swav": Method(lambda s, t, *_: swav_loss(s, t), (512, 128), prototypes=512, aug="multicrop"),
+    "barlow": Method(lambda z, t, *_: barlow_loss(z, t), (2048, 2048), target_gradient=True, aug="byol"),
+    "vicreg": Method(lambda z, t, *_: vicreg_loss(z, t), (2048, 2048), target_gradient=True, aug="byol"),
     "dino": Method(lambda s, t, center, _: dino_loss(s, t, center), (2048, 256), momentum=0.99,
-                   prototypes=2048, center=0.9, aug="multicrop", source="lightly; Caron et al. 2021"),
+                   prototypes=2048, center=0.9, aug="multicrop"),
 }
 
 SIMCLR = dict(jitter=(0.4, 0.4, 0.4, 0.1), blur_p=0.5)  # Chen et al. 2020, B.9, strength 0.5
@@ -255,10 +238,8 @@ def local_size(view: int) -> int:
 
 
 def make_augments(aug: str, size: int, view: int) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """The first global, the second global and the local views of an augmentation, as modules.
-
-    Sets of up to 64 px are not blurred, as lightly and solo-learn do not on CIFAR.
-    """
+    """The first global, the second global and the local views of an augmentation, as modules. Sets of up to
+    64 px are not blurred, as lightly and solo-learn do not on CIFAR."""
     from common import BatchAugment
 
     row, still = AUGMENTATIONS[aug], dict(blur_p=0.0) if size <= 64 else {}
@@ -272,11 +253,11 @@ def make_augments(aug: str, size: int, view: int) -> tuple[nn.Module, nn.Module,
 def mlp(widths: list[int], last_norm: bool = False) -> nn.Sequential:
     """Linear layers with BN and ReLU between; BN after the last one if last_norm."""
     layers = []
-    for i, (a, b) in enumerate(zip(widths, widths[1:])):
-        last = i == len(widths) - 2
-        layers += [nn.Linear(a, b, bias=last and not last_norm)]
-        layers += [nn.BatchNorm1d(b)] if last_norm or not last else []
-        layers += [] if last else [nn.ReLU(inplace=True)]
+    for a, b in zip(widths, widths[1:-1]):
+        layers += [nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU(inplace=True)]
+    layers.append(nn.Linear(widths[-2], widths[-1], bias=not last_norm))
+    if last_norm:
+        layers.append(nn.BatchNorm1d(widths[-1]))
     return nn.Sequential(*layers)
 
 
@@ -315,7 +296,6 @@ class Template(nn.Module):
         self.register_buffer("queue", F.normalize(torch.randn(queue, width), dim=1) if method.queue else None)
         self.register_buffer("oldest", torch.zeros((), dtype=torch.long))
         self.register_buffer("center", torch.zeros(1, width) if method.center else None)
-        self.keys: Tensor | None = None
 
     def forward(self, global_views: Tensor, local_views: Tensor | None = None) -> Tensor:
         """global_views (2B, 3, S, S), view by view; local_views (L * B, 3, s, s) or None -> scalar loss."""
@@ -447,46 +427,44 @@ def cell_of(config: dict) -> Cell:
 
 # Factor -> (field of Cell, from, to, published mean effect in points: arXiv 2403.05726).
 FACTORS = {
-    "BYOL's augmentations over SimCLR's": ("aug", "simclr", "byol", 2.3),
-    "multi-crop over SimCLR's augmentations": ("aug", "simclr", "multicrop", 2.5),
-    "momentum target on": ("momentum", "off", "on", 1.8),
-    "predictor on": ("predictor", "off", "on", 0.3),
+    "BYOL's augmentations over SimCLR's": ("aug", "simclr", "byol", "+2.3"),
+    "multi-crop over SimCLR's augmentations": ("aug", "simclr", "multicrop", "+2.5"),
+    "momentum target on": ("momentum", "off", "on", "+1.8"),
+    "predictor on": ("predictor", "off", "on", "+0.3"),
 }
 
 
-def paired_effect(accuracy: dict[tuple[Cell, int], float], name: str, low: str,
-                  high: str) -> tuple[list[float], int]:
-    """Mean paired difference, one per seed, and the number of pairs per seed.
-
-    accuracy: (cell, seed) -> percent. A pair is two cells of one seed that differ in field `name` alone.
-    """
-    differences: dict[int, list[float]] = {}
-    for (cell, seed), value in accuracy.items():
-        partner = (dataclasses.replace(cell, **{name: high}), seed)
-        if getattr(cell, name) == low and partner in accuracy:
-            differences.setdefault(seed, []).append(accuracy[partner] - value)
-    return [statistics.mean(d) for d in differences.values()], max(map(len, differences.values()), default=0)
+def pair(cell: Cell, name: str, low: str, high: str) -> list[Cell]:
+    """The cells that differ from this one in field `name` alone, with it low and high. Methods are compared
+    as they come: their switches are part of them."""
+    if name == "method":
+        own = dict(augs=cell.aug, arch=cell.arch, predictor="default", momentum="default")
+        return [cell_of(own | {"methods": method}) for method in (low, high)]
+    return [dataclasses.replace(cell, **{name: value}) for value in (low, high)]
 
 
 def effects(accuracy: dict[tuple[Cell, int], float]) -> list[dict]:
-    """What the cells can tell: FACTORS, each method over simclr, each backbone over the smallest."""
-    factors, cells = dict(FACTORS), dict.fromkeys(cell for cell, _ in accuracy)
+    """What the cells can tell: FACTORS, each method over simclr, each backbone over the smallest.
+
+    accuracy: (cell, seed) -> percent. per_seed: a seed's mean paired difference; pairs: their number in it.
+    """
+    factors, cells = dict(FACTORS), [cell for cell, _ in accuracy]
     for method in dict.fromkeys(cell.method for cell in cells):
         if method != "simclr":
-            factors[f"{method} over simclr"] = ("method", "simclr", method, None)
+            factors[f"{method} over simclr"] = ("method", "simclr", method, "")
     archs = sorted({cell.arch for cell in cells}, key=lambda arch: int(arch.removeprefix("resnet")))
     for arch in archs[1:]:
-        factors[f"larger backbone: {arch} over {archs[0]}"] = ("arch", archs[0], arch, None)
+        factors[f"larger backbone: {arch} over {archs[0]}"] = ("arch", archs[0], arch, "")
     rows = []
     for factor, (name, low, high, published) in factors.items():
-        table = accuracy
-        if name == "method":  # compared as they come: their switches are part of them
-            own = {cell: cell_of(vars(cell) | dict(methods=cell.method, augs=cell.aug, predictor="default",
-                                                   momentum="default")) for cell in cells}
-            table = {(dataclasses.replace(cell, predictor="", momentum=""), seed): value
-                     for (cell, seed), value in accuracy.items() if own[cell] == cell}
-        per_seed, pairs = paired_effect(table, name, low, high)
-        if per_seed:
+        differences: dict[int, list[float]] = {}
+        for (cell, seed), value in accuracy.items():
+            first, second = pair(cell, name, low, high)
+            if cell == first and (second, seed) in accuracy:
+                differences.setdefault(seed, []).append(accuracy[second, seed] - value)
+        if differences:
+            per_seed = [statistics.mean(d) for d in differences.values()]
+            pairs = max(map(len, differences.values()))
             rows.append({"factor": factor, "per_seed": per_seed, "pairs": pairs, "published": published})
     return rows
 
@@ -499,15 +477,16 @@ def print_effects(path: str) -> None:
         rows = [json.loads(line) for line in pathlib.Path(path).read_text().splitlines()]
         rows = [row for row in rows if row["fraction"] == 1 and row["split"] == "test"]
         accuracy = {(cell_of(row["config"]), row["seed"]): row["probe_top1"] for row in rows}
+        if len(accuracy) < len(rows):
+            raise ValueError("several rows of one cell and seed")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"--effects {path}: no rows of a study ({error})") from None
     print("| factor | effect, points | pairs x seeds | published |\n|---|---|---|---|")
     for row in effects(accuracy):
         values = row["per_seed"]
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        published = "" if row["published"] is None else f"{row['published']:+.1f}"
-        counts = f"{row['pairs']} x {len(values)}"
-        print(f"| {row['factor']} | {statistics.mean(values):+.2f}{spread} | {counts} | {published} |")
+        effect, counts = f"{statistics.mean(values):+.2f}{spread}", f"{row['pairs']} x {len(values)}"
+        print(f"| {row['factor']} | {effect} | {counts} | {row['published']} |")
 
 
 if __name__ == "__main__":

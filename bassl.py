@@ -9,13 +9,10 @@
 The paper: Patch Partition, Conv Embedding and Patch Restore turn a batch of images into one of the same shape
 in which every image carries something of the others; the module sits in front of SimCLR, MoCo, BYOL or
 SimSiam and is dropped after pretraining. No official code is public and the text leaves the layer open. Our
-reading, which no number of the paper vouches for:
-
-- Partition: (B, C, H, W) -> (B, N, D), N = H W / P^2 patches of D = C P^2 values.
-- Embedding: L times x + gate * GELU(norm(conv(x))), a convolution over the (N, D) plane whose channels are
-  the batch's positions. It has no bias and the norm no per-position parameters, so that a position has as
-  little of its own to sign with as possible.
-- Restore: the exact inverse of the partition.
+reading, which no number of the paper vouches for: the batch becomes patches (B, N, D), then L times
+x + gate * GELU(norm(conv(x))), a convolution over the (N, D) plane whose channels are the batch's positions,
+then images again. The convolution has no bias and the norm no per-position parameters, so that a position has
+as little of its own to sign with as possible.
 
 Fused plainly, both views of an image get the same row of the convolution, and with an open gate the network
 can match the rows in place of the images: unrelated images are then "matched" far above chance. --fuse says
@@ -50,30 +47,27 @@ class Config:
     unpaired: bool = False       # control: the second view is of another image, only a shortcut can help
     temperature: float | None = None   # of simclr and moco
     queue: int | None = None           # moco's keys that serve as negatives
-    momentum: float | None = None      # of moco's and byol's target at the start
+    momentum: float = 0.99             # of moco's and byol's target at the start; lightly, solo-learn
     momentum_end: float | None = None  # and at the end, by a cosine
 
 
 # Values of the flags that are not given, by --recipe; "cifar moco": what differs for a framework or a set.
 RECIPES = {
     # Two CPU cores: views of 16 px cut at the image's own resolution, through a stem that keeps them.
-    "small": dict(
-        arch="resnet10", stem="auto", view=16, batch=128, epochs=2, limit=0,
-        optimizer="adamw", lr=0.004, wd=5e-4, warmup=0.0,
-        temperature=0.2, queue=4096, momentum=0.99, momentum_end=1.0),
+    "small": dict(arch="resnet10", stem="auto", view=16, batch=128, epochs=2, limit=0,
+                  optimizer="adamw", lr=0.004, wd=5e-4, warmup=0.0,
+                  temperature=0.2, queue=4096, momentum_end=1.0),
     # The demo: four minutes in all.
     "small shapes": dict(stem="imagenet", view=24, batch=64, epochs=3, lr=0.008, limit=5120),
     "small tinyimagenet": dict(stem="imagenet", view=64, epochs=3, limit=20_000),
     # lightly's CIFAR-10 benchmark: SGD 0.06 at batch 128. Temperature: solo-learn's CIFAR.
-    "cifar": dict(
-        arch="resnet18", stem="auto", view=0, batch=512, epochs=200, limit=0,
-        optimizer="sgd", lr=0.12, wd=5e-4, warmup=0.0,
-        temperature=0.2, queue=8192, momentum=0.99, momentum_end=1.0),
+    "cifar": dict(arch="resnet18", stem="auto", view=0, batch=512, epochs=200, limit=0,
+                  optimizer="sgd", lr=0.12, wd=5e-4, warmup=0.0,
+                  temperature=0.2, queue=8192, momentum_end=1.0),
     # solo-learn's ImageNet-100 (SimCLR 77.64, online probe).
-    "imagenet": dict(
-        arch="resnet18", stem="auto", view=0, batch=256, epochs=400, limit=0,
-        optimizer="lars", lr=0.3, wd=1e-4, warmup=10.0,
-        temperature=0.2, queue=65_536, momentum=0.99, momentum_end=1.0),
+    "imagenet": dict(arch="resnet18", stem="auto", view=0, batch=256, epochs=400, limit=0,
+                     optimizer="lars", lr=0.3, wd=1e-4, warmup=10.0,
+                     temperature=0.2, queue=65_536, momentum_end=1.0),
     "small moco": dict(temperature=0.1, momentum_end=0.99),
     "cifar moco": dict(temperature=0.1, momentum_end=0.99),       # lightly
     "cifar simsiam": dict(lr=0.03),                               # Chen & He 2021, D; lightly: 0.06 at 512
@@ -87,29 +81,22 @@ RECIPES = {
 
 
 def patch_partition(x: Tensor, patch: int) -> Tensor:
-    """(B, C, H, W) -> (B, N, D): N = (H / P)(W / P) patches, row by row, of D = C P^2 values.
-
-    Raises ValueError where P does not divide H and W.
-    """
-    b, c, h, w = x.shape
-    if patch < 1 or h % patch or w % patch:
-        raise ValueError(f"patch {patch} does not divide the image's {h} x {w}")
-    x = x.reshape(b, c, h // patch, patch, w // patch, patch)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * patch * patch)         # (B, N, D)
+    """(B, C, H, W) -> (B, N, D): N = (H / P)(W / P) patches, row by row, of D = C P^2 values. ValueError
+    where P does not divide H and W."""
+    height, width = x.shape[2:]
+    if patch < 1 or height % patch or width % patch:
+        raise ValueError(f"patch {patch} does not divide the image's {height} x {width}")
+    return F.pixel_unshuffle(x, patch).flatten(2).mT                             # (B, N, D)
 
 
 def patch_restore(tokens: Tensor, patch: int, channels: int, image_size: int) -> Tensor:
-    """(B, N, D) -> (B, C, S, S), the exact inverse of patch_partition on square images.
-
-    Raises ValueError where N or D does not fit.
-    """
+    """(B, N, D) -> (B, C, S, S), the exact inverse of patch_partition; ValueError where N, D do not fit."""
+    n, d = tokens.shape[1:]
+    if n * patch**2 != image_size**2 or d != channels * patch**2:
+        raise ValueError(f"tokens of shape {tuple(tokens.shape)} are no images of {image_size} pixels and "
+                         f"{channels} channels in patches of {patch}")
     side = image_size // patch
-    if tokens.shape[1:] != (side * side, channels * patch * patch):
-        want = (side * side, channels * patch * patch)
-        raise ValueError(f"tokens of shape {tuple(tokens.shape[1:])} are no image of {image_size} pixels in "
-                         f"patches of {patch}: want {want}")
-    x = tokens.reshape(-1, side, side, channels, patch, patch)
-    return x.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, image_size, image_size)
+    return F.pixel_shuffle(tokens.mT.unflatten(2, (side, side)), patch)
 
 
 class BatchFusion(nn.Module):
@@ -133,11 +120,9 @@ class BatchFusion(nn.Module):
 
     def forward(self, x: Tensor, order: Tensor | None = None) -> Tensor:
         """x (B, C, H, W) -> (B, C, H, W). order (B,): a permutation, applied before and undone after."""
-        if len(x) != self.batch:
-            raise ValueError(f"a batch of {len(x)} images, but the fusion was made for {self.batch}")
-        if x.shape[2:] != (self.image_size, self.image_size):
-            raise ValueError(f"images of {x.shape[2]} x {x.shape[3]} pixels, but the fusion is for "
-                             f"{self.image_size}")
+        if len(x) != self.batch or x.shape[2:] != (self.image_size, self.image_size):
+            raise ValueError(f"images {tuple(x.shape)}, but the fusion was made for {self.batch} of "
+                             f"{self.image_size} x {self.image_size} pixels")
         tokens = patch_partition(x if order is None else x[order], self.patch)   # (B, N, D)
         for conv, gate in zip(self.convs, self.gates):
             mixed = conv(tokens[None])[0]                                        # (B, N, D), B as channels
@@ -191,9 +176,9 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.2) -> Tensor:
     """
     z = F.normalize(torch.cat([z1, z2]), dim=1)                                  # (2B, D)
     logits = z @ z.T / temperature                                               # (2B, 2B)
-    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    logits.fill_diagonal_(float("-inf"))                                         # no view is its own negative
     positive = torch.arange(len(z), device=z.device).roll(len(z1))               # row i's partner
-    return F.cross_entropy(logits.masked_fill(itself, float("-inf")), positive)
+    return F.cross_entropy(logits, positive)
 
 
 @in_float32
@@ -207,47 +192,70 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.1) -> T
 
 @in_float32
 def cosine_loss(p: Tensor, z: Tensor) -> Tensor:
-    """Mean of -cos(p, z) over (B, D); no gradient into z (Chen & He 2021, eq. 1).
-
-    BYOL's 2 - 2 cos (Grill et al. 2020, eq. 2) has twice the gradient: a rate belongs to one scale or the
-    other, and the rates here are lightly's and SimSiam's, for this one.
-    """
+    """Mean of -cos(p, z) over (B, D), no gradient into z (Chen & He 2021, eq. 1). BYOL's 2 - 2 cos (Grill et
+    al. 2020, eq. 2) has twice the gradient; the rates here, lightly's and SimSiam's, are for this scale."""
     return -F.cosine_similarity(p, z.detach(), dim=1).mean()
 
 
 # ---------------------------------------------------------------------------------------------- frameworks
-# Each maps two views (B, C, H, W) to a loss. gather collects the embeddings of all processes under torchrun,
-# so that the loss and the queue see the whole batch; alone it changes nothing. Widths are those of lightly's
-# CIFAR-10 benchmark.
-
-
-def identity(x: Tensor) -> Tensor:
-    return x
+# Each maps two views (B, C, H, W) to a loss. Widths are those of lightly's CIFAR-10 benchmark.
 
 
 def mlp(widths: list[int], last_norm: bool = False) -> nn.Sequential:
     """Linear layers with BN and ReLU between; BN after the last one if last_norm."""
     layers = []
-    for i, (a, b) in enumerate(zip(widths, widths[1:])):
-        last = i == len(widths) - 2
-        layers += [nn.Linear(a, b, bias=last and not last_norm)]
-        layers += [nn.BatchNorm1d(b)] if last_norm or not last else []
-        layers += [] if last else [nn.ReLU(inplace=True)]
+    for a, b in zip(widths, widths[1:-1]):
+        layers += [nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU(inplace=True)]
+    layers.append(nn.Linear(widths[-2], widths[-1], bias=not last_norm))
+    if last_norm:
+        layers.append(nn.BatchNorm1d(widths[-1]))
     return nn.Sequential(*layers)
 
 
 class Framework(nn.Module):
+    """What the four below share. All take the same options; each uses those that it has a use for.
+
+    target: a copy of encoder and projector that follows them by a momentum, which goes to momentum_end by a
+    cosine. queue: the target's latest keys. gather collects the embeddings of all processes under torchrun,
+    so that losses and queue see the whole batch; alone it changes nothing.
+    """
+
+    projector_widths, predictor_widths = [512, 128], []
+    last_norm = has_target = has_queue = False
+
+    def __init__(self, encoder: nn.Module, temperature: float = 0.2, queue: int = 8192,
+                 momentum: float = 0.99, momentum_end: float = 1.0, gather: Callable = lambda x: x):
+        super().__init__()
+        self.temperature, self.momentum, self.momentum_end = temperature, momentum, momentum_end
+        self.encoder, self.gather = encoder, gather
+        self.projector = mlp([encoder.dim, *self.projector_widths], last_norm=self.last_norm)
+        width = self.projector_widths[-1]
+        if self.predictor_widths:
+            self.predictor = mlp([width, *self.predictor_widths])
+        if self.has_target:
+            self.target = copy.deepcopy(nn.Sequential(encoder, self.projector)).requires_grad_(False)
+        if self.has_queue:
+            self.register_buffer("queue", F.normalize(torch.randn(queue, width), dim=1))
+            self.register_buffer("oldest", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        """What moves without a gradient, after the optimizer's step; progress: share of the run, 0 to 1."""
+        """What moves without a gradient: the target, and the queue, first in, first out: a step's keys are
+        negatives from the next step on. progress: share of the run, 0 to 1."""
+        if self.has_target:
+            cosine = (math.cos(math.pi * progress) + 1) / 2
+            momentum = self.momentum_end - (self.momentum_end - self.momentum) * cosine
+            online = [*self.encoder.parameters(), *self.projector.parameters()]
+            torch._foreach_lerp_(list(self.target.parameters()), online, 1 - momentum)
+        if self.has_queue:
+            keys = self.keys[-len(self.queue):]
+            place = (self.oldest + torch.arange(len(keys), device=keys.device)) % len(self.queue)
+            self.queue.index_copy_(0, place, keys)
+            self.oldest.copy_((self.oldest + len(keys)) % len(self.queue))
 
 
 class SimCLR(Framework):
     """Chen et al. 2020."""
-
-    def __init__(self, encoder: nn.Module, temperature: float = 0.2, gather: Callable = identity):
-        super().__init__()
-        self.encoder, self.projector = encoder, mlp([encoder.dim, 512, 128])
-        self.temperature, self.gather = temperature, gather
 
     def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
         z1, z2 = self.projector(self.encoder(torch.cat([x1, x2]))).chunk(2)      # (B, 128) each
@@ -257,15 +265,7 @@ class SimCLR(Framework):
 class MoCo(Framework):
     """MoCo v2 (Chen et al. 2020b) with the loss in both directions; both views' keys enter the queue."""
 
-    def __init__(self, encoder: nn.Module, temperature: float = 0.1, queue: int = 8192,
-                 momentum: float = 0.99, momentum_end: float = 0.99, gather: Callable = identity):
-        super().__init__()
-        self.encoder, self.projector = encoder, mlp([encoder.dim, 512, 128])
-        self.target = copy.deepcopy(nn.Sequential(self.encoder, self.projector)).requires_grad_(False)
-        self.register_buffer("queue", F.normalize(torch.randn(queue, 128), dim=1))
-        self.register_buffer("oldest", torch.zeros((), dtype=torch.long))
-        self.temperature, self.gather, self.keys = temperature, gather, None
-        self.momentum, self.momentum_end = momentum, momentum_end
+    has_target = has_queue = True
 
     def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
         x = torch.cat([x1, x2])
@@ -276,26 +276,11 @@ class MoCo(Framework):
         losses = [info_nce(q, k, self.queue, self.temperature) for q, k in ((q1, k2), (q2, k1))]
         return sum(losses) / 2
 
-    @torch.no_grad()
-    def after_step(self, progress: float) -> None:
-        """First in, first out: these keys replace the oldest rows, as negatives from the next step on."""
-        follow(self.target, [self.encoder, self.projector], self.momentum, self.momentum_end, progress)
-        keys = self.keys[-len(self.queue):]
-        place = (self.oldest + torch.arange(len(keys), device=keys.device)) % len(self.queue)
-        self.queue.index_copy_(0, place, keys)
-        self.oldest.copy_((self.oldest + len(keys)) % len(self.queue))
-
 
 class BYOL(Framework):
     """Grill et al. 2020."""
 
-    def __init__(self, encoder: nn.Module, momentum: float = 0.99, momentum_end: float = 1.0,
-                 gather: Callable = identity):
-        super().__init__()
-        self.encoder, self.projector = encoder, mlp([encoder.dim, 1024, 256])
-        self.predictor = mlp([256, 1024, 256])
-        self.target = copy.deepcopy(nn.Sequential(self.encoder, self.projector)).requires_grad_(False)
-        self.momentum, self.momentum_end, self.gather = momentum, momentum_end, gather
+    projector_widths, predictor_widths, has_target = [1024, 256], [1024, 256], True
 
     def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
         x = torch.cat([x1, x2])
@@ -304,18 +289,11 @@ class BYOL(Framework):
             z1, z2 = map(self.gather, self.target(x).chunk(2))
         return 0.5 * (cosine_loss(p1, z2) + cosine_loss(p2, z1))
 
-    def after_step(self, progress: float) -> None:
-        follow(self.target, [self.encoder, self.projector], self.momentum, self.momentum_end, progress)
-
 
 class SimSiam(Framework):
     """Chen & He 2021, 4.6 (CIFAR): a two-layer projector of width 2048, a predictor that narrows to 512."""
 
-    def __init__(self, encoder: nn.Module, gather: Callable = identity):
-        super().__init__()
-        self.gather = gather
-        self.encoder, self.projector = encoder, mlp([encoder.dim, 2048, 2048], last_norm=True)
-        self.predictor = mlp([2048, 512, 2048])
+    projector_widths, predictor_widths, last_norm = [2048, 2048], [512, 2048], True
 
     def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
         z = self.projector(self.encoder(torch.cat([x1, x2])))                    # (2B, 2048)
@@ -323,36 +301,14 @@ class SimSiam(Framework):
         return 0.5 * (cosine_loss(p1, z2) + cosine_loss(p2, z1))
 
 
-@torch.no_grad()
-def follow(target: nn.Module, online: list[nn.Module], start: float, end: float, progress: float) -> None:
-    """target <- m target + (1 - m) online for parameters, m from start to end by a cosine over progress."""
-    momentum = end - (end - start) * (math.cos(math.pi * progress) + 1) / 2
-    parameters = [p for module in online for p in module.parameters()]
-    torch._foreach_lerp_(list(target.parameters()), parameters, 1 - momentum)
-
-
-def make_framework(cfg, encoder: nn.Module, gather: Callable) -> nn.Module:
-    """The framework that the flags describe."""
-    if cfg.framework == "simclr":
-        return SimCLR(encoder, cfg.temperature, gather)
-    if cfg.framework == "moco":
-        return MoCo(encoder, cfg.temperature, cfg.queue, cfg.momentum, cfg.momentum_end, gather)
-    if cfg.framework == "byol":
-        return BYOL(encoder, cfg.momentum, cfg.momentum_end, gather)
-    return SimSiam(encoder, gather)
-
+FRAMEWORKS = {"simclr": SimCLR, "moco": MoCo, "byol": BYOL, "simsiam": SimSiam}
 
 # ---------------------------------------------------------------------------------------------- train
 
 
-def strength(cfg) -> float:
-    """The value at which the gates are held; 0 = they are learned."""
-    return cfg.gate or (0.15 if cfg.fuse == "adversarial" else 0.0)
-
-
-def name_variant(cfg) -> str:
-    """What a result table calls this run."""
-    name, held = cfg.framework, strength(cfg)
+def name_variant(cfg, held: float) -> str:
+    """What a result table calls this run; held: where the gates are held, 0 = they are learned."""
+    name = cfg.framework
     if cfg.layers:
         parts = [cfg.fuse] + [f"gate {held:g}"] * (held > 0) + [f"{cfg.layers} layer{'s' * (cfg.layers > 1)}"]
         parts += [f"kernel {cfg.kernel}"] * (cfg.kernel > 1)
@@ -364,9 +320,11 @@ def train(cfg) -> None:
     """One pretraining run, start to finish; cfg as common.parse(Config, ...) gives it."""
     from common import BatchAugment, Run, UsageError, gather, resnet, save_grid
 
-    run, held = Run(cfg, "bassl", name_variant(cfg)), strength(cfg)
+    held = cfg.gate or 0.15 * (cfg.fuse == "adversarial")
+    run = Run(cfg, "bassl", name_variant(cfg, held))
     encoder = resnet(cfg.arch, run.stem)
-    framework = make_framework(cfg, encoder, gather)
+    framework = FRAMEWORKS[cfg.framework](encoder, cfg.temperature, cfg.queue, cfg.momentum,
+                                          cfg.momentum_end, gather)
     patch = cfg.patch or max(p for p in range(1, run.view // 8 + 1) if run.view % p == 0)
     try:
         fusion = BatchFusion(run.batch, run.view, patch, cfg.layers, cfg.kernel)

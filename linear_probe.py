@@ -15,11 +15,11 @@ Nothing is chosen on the test split; --split held-out leaves it alone and tests 
 images, for choices. The row is appended to results.jsonl beside the backbone, and rewritten as its metrics
 come.
 """
-import functools
 import hashlib
 import json
 import pathlib
 import time
+import typing
 from dataclasses import dataclass
 from typing import Literal
 
@@ -96,14 +96,13 @@ def quick_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor
     for x in (train_x, test_x):
         x.sub_(mean).div_(std)
     order = torch.randperm(len(train_x), generator=seeded(0)).to(train_x.device)
-    held, rest = order[:max(1, len(order) // 10)], order[max(1, len(order) // 10):]
-    fit_x, fit_y = train_x[rest], train_y[rest]
-    decades = [10.0**-d for d in range(6)]
-    scores = []
-    for l2 in decades:
-        scores.append(accuracy(fit_logistic(fit_x, fit_y, classes, l2)(train_x[held]), train_y[held]))
-    del fit_x
-    best = decades[max(range(len(decades)), key=scores.__getitem__)]
+    held, rest = order.tensor_split([max(1, len(order) // 10)])
+
+    def held_out(l2: float) -> float:
+        head = fit_logistic(train_x[rest], train_y[rest], classes, l2)
+        return accuracy(head(train_x[held]), train_y[held])
+
+    best = max([10.0**-d for d in range(6)], key=held_out)
     return accuracy(fit_logistic(train_x, train_y, classes, best)(test_x), test_y)
 
 
@@ -129,20 +128,16 @@ def sgd_probe(encoder: nn.Module, train: ImageSet, test: ImageSet, cfg: Config,
             optimizer.step()
             scheduler.step()
         common.live(f"SGD probe: epoch {epoch + 1}/{cfg.epochs}, loss {loss.item():.3f}")
-    with torch.no_grad():
-        x, y = features(encoder, test, cfg.size, device)
-        return accuracy(head(x), y)
+    x, y = features(encoder, test, cfg.size, device)
+    return accuracy(head(x), y)
 
 
 def label_fraction(images: ImageSet, fraction: float, seed: int) -> ImageSet:
     """The given share of every class's images, at least one each."""
     order = torch.randperm(len(images), generator=seeded(seed)).to(images.labels.device)
     labels = images.labels[order]
-    keep = []
-    for c in range(len(images.classes)):
-        of = order[labels == c]
-        keep.append(of[:max(1, round(fraction * len(of)))])
-    return images.subset(torch.cat(keep))
+    of_class = [order[labels == c] for c in range(len(images.classes))]
+    return images.subset(torch.cat([rows[:max(1, round(fraction * len(rows)))] for rows in of_class]))
 
 
 # ---------------------------------------------------------------------------------------------- backbones
@@ -163,7 +158,7 @@ def load_backbone(path: str, arch: str | None = None, stem: str = "auto") -> tup
         if asked not in (None, "auto") and loaded.get(name, asked) != asked:
             raise UsageError(f"{path} was trained with {name} {loaded[name]}, not {asked}")
     first = loaded.get("conv1.weight")
-    if not isinstance(first, Tensor):
+    if not isinstance(first, Tensor) or first.ndim != 4:
         raise UsageError(f"{path} has no conv1.weight: its keys are not torchvision's ResNet's "
                          f"({', '.join(map(str, list(loaded)[:3]))}, ...)")
     found = {3: "cifar", 7: "imagenet"}.get(first.shape[-1], "unknown")
@@ -171,13 +166,17 @@ def load_backbone(path: str, arch: str | None = None, stem: str = "auto") -> tup
     stem = loaded.pop("stem", found if stem == "auto" else stem)
     if found != stem:
         raise UsageError(f"{path} has the {found} stem (conv1 of {first.shape[-1]} pixels), not {stem}")
+    if arch not in typing.get_args(common.Arch):
+        raise UsageError(f"{path} is of an unknown arch, {arch}")
     encoder = resnet(arch, stem)
     own = encoder.state_dict()
     state = {key: value for key, value in loaded.items() if key not in ("fc.weight", "fc.bias")}
     wrong = [f"missing {key}" for key in own if key not in state]
     wrong += [f"unexpected {key}" for key in state if key not in own]
-    wrong += [f"{key} of shape {tuple(state[key].shape)}, not {tuple(own[key].shape)}"
-              for key in own if key in state and state[key].shape != own[key].shape]
+    for key in [key for key in own if key in state]:
+        shape, want = tuple(getattr(state[key], "shape", ())), tuple(own[key].shape)
+        if shape != want:
+            wrong.append(f"{key} of shape {shape}, not {want}")
     if wrong:
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise UsageError(f"{path} is no {arch} with the {stem} stem: {'; '.join(wrong[:5])}{more}")
@@ -213,10 +212,9 @@ def run_facts(lines: list[dict]) -> dict:
               "batch": cfg["batch"], "seed": cfg["seed"], "effective_lr": header["effective_lr"],
               "parameters": header["encoder_parameters"], "minutes": last.get("minutes"),
               "images_per_s": last.get("images_per_s"), "train_loss": last.get("loss")}
-    facts["gates"] = [value for name, value in last.items() if name.startswith("gate_")]
-    checked = [line for line in lines if "knn_top1" in line]
-    facts["curve"] = [[line["minutes"], line["epoch"], line["knn_top1"]] for line in checked]
-    return facts | {"config": cfg}
+    gates = [value for name, value in last.items() if name.startswith("gate_")]
+    curve = [[line["minutes"], line["epoch"], line["knn_top1"]] for line in lines if "knn_top1" in line]
+    return facts | {"gates": gates, "curve": curve, "config": cfg}
 
 
 def fill_in(cfg: Config, lines: list[dict]) -> None:
@@ -242,9 +240,8 @@ def fill_in(cfg: Config, lines: list[dict]) -> None:
 
 def load_splits(cfg: Config) -> tuple[ImageSet, ImageSet]:
     """What probes are fitted on and what they are tested on. Raises UsageError where there are no classes."""
-    load = functools.partial(common.load_images, cfg.dataset, cfg.data, size=cfg.size, cache=cfg.cache,
-                             workers=cfg.workers)
-    train = load(split="train")
+    options = dict(size=cfg.size, cache=cfg.cache, workers=cfg.workers)
+    train = common.load_images(cfg.dataset, cfg.data, split="train", **options)
     if len(train.classes) < 2:
         raise UsageError(f"{cfg.data} has no classes to probe; "
                          "want DIR/train/<class>/... and DIR/test/<class>/...")
@@ -253,7 +250,7 @@ def load_splits(cfg: Config) -> tuple[ImageSet, ImageSet]:
         held = len(train) // 10
         train, test = train.subset(order[held:]), train.subset(order[:held])
     else:
-        test = load(split="test")
+        test = common.load_images(cfg.dataset, cfg.data, split="test", **options)
     if train.classes != test.classes:
         differ = sorted({*train.classes} ^ {*test.classes})
         raise UsageError(f"training and test classes differ: {differ[:5]}")
@@ -304,8 +301,7 @@ def probe(cfg: Config) -> dict | None:
     digest = fingerprint(encoder)
 
     beside = f"runs/{cfg.dataset}/random" if cfg.random else pathlib.Path(cfg.backbone).parent
-    out = pathlib.Path(cfg.out or beside)
-    results = out / "results.jsonl"
+    results = pathlib.Path(cfg.out or beside) / "results.jsonl"
     rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     asked = {"knn_top1", "knn20_top1"}
     asked |= {"probe_top1"} if cfg.quick else set()
@@ -325,19 +321,18 @@ def probe(cfg: Config) -> dict | None:
     if cfg.neighbours:
         return draw_neighbours(cfg.neighbours, train, test, train_x, test_x)
     made = common.origin()
-    facts = {"method": "random" if cfg.random else pathlib.Path(cfg.backbone).stem, "seed": cfg.seed,
-             "variant": "untrained" if cfg.random else "", "device": common.device_name(device),
-             "precision": "float32", **made, **run_facts(lines)}
-    row = {**key, "linear_epochs": cfg.epochs, **facts, "arch": arch, "stem": stem,
-           "probe_command": made["command"],
-           "probe_blobs": made["blobs"]}
+    row = {**key, "linear_epochs": cfg.epochs, "seed": cfg.seed,
+           "method": "random" if cfg.random else pathlib.Path(cfg.backbone).stem,
+           "variant": "untrained" if cfg.random else "",
+           "device": common.device_name(device), "precision": "float32", **made, **run_facts(lines),
+           "arch": arch, "stem": stem, "probe_command": made["command"], "probe_blobs": made["blobs"]}
 
     def add(metric: str, value: float) -> None:
         if fingerprint(encoder) != digest:
             raise RunError("the backbone changed while it was probed: this is a bug, and no row is written")
         row.update({metric: round(value, 2), "probe_minutes": round((time.monotonic() - began) / 60, 2)})
         if rank() == 0:
-            out.mkdir(parents=True, exist_ok=True)
+            results.parent.mkdir(parents=True, exist_ok=True)
             with common.replacing(results) as file:
                 lines = [json.dumps(r) for r in rows if r not in there] + [json.dumps(row)]
                 file.write(("\n".join(lines) + "\n").encode())

@@ -47,20 +47,17 @@ class Config:
 # Values of the flags that are not given, by --recipe; "imagenet imagenet1k": what differs for a data set.
 RECIPES = {
     # Two CPU cores: the other methods' network and views, fewer images more often.
-    "small": dict(
-        arch="resnet10", stem="auto", view=16, batch=128, epochs=32, limit=5120,
-        optimizer="sgd", lr=0.5, wd=1e-4, warmup=0.0, cutmix=0.0, negatives=10_000, dim=512),
+    "small": dict(arch="resnet10", stem="auto", view=16, batch=128, epochs=32, limit=5120,
+                  optimizer="sgd", lr=0.5, wd=1e-4, warmup=0.0, cutmix=0.0, negatives=10_000, dim=512),
     # The demo: four minutes in all.
     "small shapes": dict(stem="imagenet", view=24, batch=64, epochs=30, limit=1000),
     "small tinyimagenet": dict(stem="imagenet", view=64, epochs=15, limit=10_000),
     # The official code's run.sh for CIFAR: SGD 1.0 at batch 512.
-    "cifar": dict(
-        arch="resnet18", stem="auto", view=0, batch=512, epochs=200, limit=0,
-        optimizer="sgd", lr=0.5, wd=1e-4, warmup=0.0, cutmix=0.5, negatives=10_000, dim=2048),
+    "cifar": dict(arch="resnet18", stem="auto", view=0, batch=512, epochs=200, limit=0,
+                  optimizer="sgd", lr=0.5, wd=1e-4, warmup=0.0, cutmix=0.5, negatives=10_000, dim=2048),
     # Ours: the CIFAR run on larger images, as the official code has no ImageNet run.
-    "imagenet": dict(
-        arch="resnet18", stem="auto", view=0, batch=512, epochs=200, limit=0,
-        optimizer="sgd", lr=0.5, wd=1e-4, warmup=0.0, cutmix=0.5, negatives=10_000, dim=2048),
+    "imagenet": dict(arch="resnet18", stem="auto", view=0, batch=512, epochs=200, limit=0,
+                     optimizer="sgd", lr=0.5, wd=1e-4, warmup=0.0, cutmix=0.5, negatives=10_000, dim=2048),
     "imagenet imagenet1k": dict(dim=128),  # Wu et al. 2018; a bank of 0.7 GB in place of 10.5
 }
 

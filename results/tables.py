@@ -23,12 +23,10 @@ ROOT = HERE.parent
 TABLES = {
     "shapes": ("The demo", "The small recipe on drawn shapes, one seed: a check that all works, no ranking."),
     "cifar10": ("CIFAR-10 on a laptop", "The small recipe on CIFAR-10, one seed."),
-    "small": ("The small recipe", "SimCLR on views of 16 px through the CIFAR stem, against the small set-up "
-              "before it (32 px, ImageNet stem) in the same minutes."),
+    "small": ("The small recipe", "SimCLR against the set-up before it (32 px, ImageNet stem), equal time."),
     "tried": ("What was tried for the small recipe", "At equal views, multi-crop at equal images; "
               "judged on held-out training images; one seed."),
-    "rates": ("Rates of the small recipe", "64 steps a method (NPID 120), judged on held-out training "
-              "images; one seed."),
+    "rates": ("Rates of the small recipe", "64 steps a method (NPID 120), on held-out images; one seed."),
     "methods": ("Methods", "The small recipe as it stands."),
     "bassl-batch": ("BA-SSL over batch size", "Fusion against the plain framework at equal images."),
     "bassl-fusion": ("Kinds of fusion", "Real pairs; and unpaired ones, whose loss must stay at chance."),
@@ -39,39 +37,27 @@ TABLES = {
     "study": ("The study", "Its main effects: `python aug_study.py --effects results/study.jsonl`."),
 }
 
-SOLO = "ResNet-18, 1000 epochs, online probe (solo-learn)"
-LIGHTLY = "ResNet-18, 200 epochs, batch 512 (lightly)"
-CAO = "ResNet-18, 200 epochs (arXiv 2404.19289)"
-BASSL = "arXiv 2311.09974"
-# Published numbers: data set -> (method, what, metric, percent)
+# Published numbers: (source, metric) -> data set -> percent by method.
 PUBLISHED = {
-    "cifar10": [
-        *[("simclr", SOLO, "linear_top1", 90.74), ("moco v2+", SOLO, "linear_top1", 92.94)],
-        *[("byol", SOLO, "linear_top1", 92.58), ("simsiam", SOLO, "linear_top1", 90.51)],
-        *[("swav", SOLO, "linear_top1", 89.17), ("barlow", SOLO, "linear_top1", 92.10)],
-        *[("vicreg", SOLO, "linear_top1", 92.07), ("dino", SOLO, "linear_top1", 89.52)],
-        *[("simclr", LIGHTLY, "knn_top1", 84.8), ("moco", LIGHTLY, "knn_top1", 84.7)],
-        *[("byol", LIGHTLY, "knn_top1", 86.8), ("simsiam", LIGHTLY, "knn_top1", 76.4)],
-        *[("swav", LIGHTLY, "knn_top1", 84.2), ("barlow", LIGHTLY, "knn_top1", 81.9)],
-        *[("dino", LIGHTLY, "knn_top1", 81.3), ("bassl", BASSL, "linear_top1", 92.12)],
-    ],
-    "cifar100": [
-        *[("simclr", SOLO, "linear_top1", 65.78), ("moco v2+", SOLO, "linear_top1", 69.89)],
-        *[("byol", SOLO, "linear_top1", 70.46), ("simsiam", SOLO, "linear_top1", 66.04)],
-        *[("swav", SOLO, "linear_top1", 64.88), ("barlow", SOLO, "linear_top1", 70.90)],
-        *[("vicreg", SOLO, "linear_top1", 68.54), ("dino", SOLO, "linear_top1", 66.76)],
-        *[("npid_distill", CAO, "linear_top1", 67.9), ("moco v2", CAO, "linear_top1", 62.5)],
-        ("bassl", BASSL, "linear_top1", 66.53),
-    ],
-    "tinyimagenet": [("npid_distill", CAO, "linear_top1", 39.7), ("moco v2", CAO, "linear_top1", 35.8)],
-    "imagenet100": [("simclr", "ResNet-18, 400 epochs, online probe (solo-learn)", "linear_top1", 77.64)],
-    "imagenet1k": [("bassl", BASSL, "linear_top1", 59.41)],
+    ("ResNet-18, 1000 epochs, online probe (solo-learn)", "linear_top1"): {
+        "cifar10": {"simclr": 90.74, "moco v2+": 92.94, "byol": 92.58, "simsiam": 90.51, "swav": 89.17,
+                    "barlow": 92.10, "vicreg": 92.07, "dino": 89.52},
+        "cifar100": {"simclr": 65.78, "moco v2+": 69.89, "byol": 70.46, "simsiam": 66.04, "swav": 64.88,
+                     "barlow": 70.90, "vicreg": 68.54, "dino": 66.76}},
+    ("ResNet-18, 400 epochs, online probe (solo-learn)", "linear_top1"): {"imagenet100": {"simclr": 77.64}},
+    ("ResNet-18, 200 epochs, batch 512 (lightly)", "knn_top1"): {
+        "cifar10": {"simclr": 84.8, "moco": 84.7, "byol": 86.8, "simsiam": 76.4, "swav": 84.2, "barlow": 81.9,
+                    "dino": 81.3}},
+    ("ResNet-18, 200 epochs (arXiv 2404.19289)", "linear_top1"): {
+        "cifar100": {"npid_distill": 67.9, "moco v2": 62.5},
+        "tinyimagenet": {"npid_distill": 39.7, "moco v2": 35.8}},
+    ("arXiv 2311.09974", "linear_top1"): {
+        "cifar10": {"bassl": 92.12}, "cifar100": {"bassl": 66.53}, "imagenet1k": {"bassl": 59.41}},
 }
 METRICS = {"knn_top1": "kNN", "knn20_top1": "kNN, k 20", "probe_top1": "probe", "linear_top1": "linear"}
 # Two runs are paired when they agree in these; rows that agree in all flags but the seed are one line.
 SETTINGS = ("dataset", "pretrained_on", "arch", "stem", "size", "view", "images", "epochs", "batch",
             "effective_lr", "split", "fraction", "device")
-LINE = (*SETTINGS, "method", "variant", "flags")
 COLUMNS = ("batch", "epochs", "limit", "view", "arch", "stem", "size")  # flags with a column of their own
 ANY = ("seed", "out", "data", "cache", "workers", "device", "save_every", "minutes", "knn_every")
 T_975 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]  # Student's t, 97.5 %, by degrees of freedom
@@ -169,13 +155,12 @@ def varied(row: dict, rows: list[dict]) -> str:
 
 def table(rows: list[dict]) -> str:
     """One Markdown table a data set, the published numbers of its methods in italics below."""
-    text = []
-    settings = (*SETTINGS, "seed")
+    text, settings = [], (*SETTINGS, "seed")
     rows = sorted(rows, key=lambda row: row["method"] != "random")  # the untrained network first
     for (dataset,), part in group(rows, ("dataset",)).items():
         plain = {key: same[0] for key, same in group(part, (*settings, "variant")).items()}
         lines = []
-        for same in group(part, LINE).values():
+        for same in group(part, (*SETTINGS, "method", "variant", "flags")).values():
             line, base = table_line(same), same[0]["variant"].split(" + ")[0]
             line["flags"] = varied(same[0], part)
             if base != same[0]["variant"] and "unpaired" not in same[0]["variant"]:
@@ -185,10 +170,11 @@ def table(rows: list[dict]) -> str:
             lines.append(line)
         tested = [row for row in part if row["split"] == "test"]
         names = {word for row in tested for word in (row["method"], row["variant"].split(" ")[0].rstrip(","))}
-        for method, what, metric, value in PUBLISHED.get(dataset, []):
-            if method.split(" ")[0] in names:
-                cells = {"variant": f"*published: {what}*", METRICS[metric]: f"*{value:g}*"}
-                lines.append({"method": method, **cells})
+        for (source, metric), sets in PUBLISHED.items():
+            for method, percent in sets.get(dataset, {}).items():
+                if method.split(" ")[0] in names:
+                    cells = {"variant": f"*published: {source}*", METRICS[metric]: f"*{percent:g}*"}
+                    lines.append({"method": method, **cells})
         text += [f"**{dataset}**", "", markdown(lines), ""]
     return "\n".join(text)
 
@@ -202,7 +188,7 @@ def missing_blobs(paths: list[pathlib.Path]) -> list[str]:
         for row in map(json.loads, path.read_text().splitlines()):
             blobs = {*row.get("blobs", {}).values(), *row.get("probe_blobs", {}).values()}
             if not row.get("blobs") or not blobs <= there:
-                bad.append(f"{path.name}: {row.get('method', row.get('step', ''))} {row.get('variant', '')}")
+                bad.append(f"{path.name}: {row.get('method', row.get('stage'))} {row.get('variant', '')}")
     return bad
 
 
@@ -217,16 +203,14 @@ def write_readme() -> None:
         path = HERE / f"{name}.jsonl"
         if path.exists():
             rows = read_rows([path])
-            text += [f"## {title}", "", sentence, ""]
-            text += [f"`make {name}`; {rows[-1]['device']}.", "", table(rows)]
+            made = f"`make {name}`; {rows[-1]['device']}."
+            text += [f"## {title}", "", sentence, "", made, "", table(rows)]
     for path in sorted((HERE / "bench").glob("*.jsonl")):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
+        made = "`{command}`; {device}, {precision}.".format(**rows[0])
         hidden = ("sha", "torch", "command", "device", "precision", "blobs")
-        shown = [{key: value for key, value in row.items()
-                  if key not in hidden and not isinstance(value, (dict, list))} for row in rows]
-        first = rows[0]
-        text += [f"## Bench: {path.stem}", ""]
-        text += [f"`{first['command']}`; {first['device']}, {first['precision']}.", "", markdown(shown), ""]
+        shown = [{key: row[key] for key in row if key not in hidden} for row in rows]
+        text += [f"## Bench: {path.stem}", "", made, "", markdown(shown), ""]
     (HERE / "README.md").write_text("\n".join(text))
     print(f"wrote {HERE / 'README.md'}")
 
@@ -237,6 +221,8 @@ def main(argv: list[str]) -> None:
     elif argv == ["--check"]:
         bad = missing_blobs(sorted(HERE.glob("**/*.jsonl")))
         sys.exit("rows of scripts that the history does not hold:\n" + "\n".join(bad) if bad else 0)
+    elif argv == ["--help"]:
+        print(__doc__)
     elif argv == ["--readme"]:
         write_readme()
     elif len(argv) == 1 and argv[0] in TABLES:

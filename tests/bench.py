@@ -8,13 +8,12 @@ step: a step of the real training loop of CIFAR-10, all between two updates incl
 floor: forward and backward of the same network on as many resident random views at the same precision, and
 the target network's forward where there is one. Steps and floors take turns, so that a machine's drift
 cancels (ten of each on a GPU, with a wait at their end alone); the ratio is the median over neighbours.
-The split is of a second pass that waits for the device around every part.
+The split is of further steps, which wait for the device around every part; a loss inside the network's
+forward counts for the network. Flags that are not of this script are the method's, as --batch 256.
 """
 import argparse
 import collections
 import contextlib
-import importlib
-import itertools
 import json
 import pathlib
 import statistics
@@ -32,12 +31,13 @@ import common  # noqa: E402
 import npid_distill  # noqa: E402
 
 METHODS = {  # name -> script and flags
-    "bassl": ("bassl", ""),
-    "npid": ("npid_distill", ""),
-    **{name: ("bassl", f"--layers 0 --framework {name}") for name in ("simclr", "moco", "byol", "simsiam")},
-    **{f"study-{name}": ("aug_study", f"--methods {name}") for name in aug_study.METHODS},
+    "bassl": (bassl, ""),
+    "npid": (npid_distill, ""),
+    **{name: (bassl, f"--layers 0 --framework {name}") for name in ("simclr", "moco", "byol", "simsiam")},
+    **{f"study-{name}": (aug_study, f"--methods {name}") for name in aug_study.METHODS},
 }
-BY = {"bassl": "framework", "npid_distill": "update", "aug_study": "methods"}
+BY = {bassl: "framework", npid_distill: "update", aug_study: "methods"}
+COUNT = 10  # steps that are timed, by blocks on a GPU
 
 
 class Done(BaseException):
@@ -50,135 +50,111 @@ def wait(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def random_images(dataset, data, split, size, cache, workers, limit) -> common.ImageSet:
-    """As many images as CIFAR-10 has, or as the recipe takes of them."""
-    count = limit or common.IMAGES["cifar10"]
-    pixels = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
-    return common.ImageSet(pixels, torch.zeros(count, dtype=torch.long), ["one"])
-
-
-def train_until(name: str, flags: list[str], after) -> None:
-    """The method's own train(), with after(run, n) after update n, from -3, until that raises Done."""
-    script_name, own = METHODS[name]
-    script, updates = importlib.import_module(script_name), itertools.count(-3)
-
-    def optimise(run, loss, optimise=common.Run.optimise):
-        optimise(run, loss)
-        after(run, next(updates))
-
-    with tempfile.TemporaryDirectory() as out, mock.patch.object(common.Run, "optimise", optimise), \
-            mock.patch.object(common, "load_images", random_images):
-        every = [*flags, *own.split(), "--dataset", "cifar10"]
-        every += ["--epochs", "1000", "--knn-every", "0", "--out", out]
-        with contextlib.suppress(Done), contextlib.redirect_stdout(sys.stderr):
-            script.train(common.parse(script.Config, "", every, recipes=script.RECIPES, by=BY[script_name]))
-
-
-def trained(run: common.Run) -> torch.nn.Module:
-    """The module whose forward pass is the network's part of a step."""
-    return run.model["framework"] if run.method == "bassl" else run.model
-
-
-def floor(run: common.Run):
-    """A function that does the network's part of a step alone."""
-    model = online = trained(run)
-    target, sizes = getattr(model, "target", None), [(run.view, 1 if run.method == "npid_distill" else 2)]
-    if run.method != "npid_distill":
-        parts = [getattr(model, part, None) for part in ("encoder", "projector", "predictor")]
-        online = torch.nn.Sequential(*filter(None, parts))
-    if run.method == "aug_study":
-        views = aug_study.AUGMENTATIONS[run.cfg.augs or aug_study.METHODS[run.cfg.methods].aug]
-        sizes += [(aug_study.local_size(run.view), views.locals)] if views.locals else []
-    inputs = [torch.randn(count * run.batch, 3, size, size, device=run.device) for size, count in sizes]
-    inputs = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
+def floor(run: common.Run, model: torch.nn.Module, inputs: list[torch.Tensor]):
+    """A function that does the network's part of a step alone, on random numbers of the inputs' shapes."""
+    online = torch.nn.Sequential(*[part for name, part in model.named_children() if name != "target"])
+    inputs = [torch.randn_like(x).contiguous(memory_format=torch.channels_last) for x in inputs]
 
     def one_step():
         with run.autocast():
             loss = sum(online(x).float().square().mean() for x in inputs)
-            if target is not None:
+            if hasattr(model, "target"):
                 with torch.no_grad():
-                    target(inputs[0])
+                    model.target(inputs[0])
         loss.backward()
         run.model.zero_grad(set_to_none=True)
 
     return one_step
 
 
-def step_and_floor(name: str, flags: list[str], count: int = 10) -> tuple[common.Run, list]:
-    """The run, and pairs of seconds: a step, and its floor right after it."""
-    pairs, state = [], {}
-
-    def after(run, n):
-        block = 10 if run.device.type == "cuda" else 1
-        if n == 0:
-            state.update(run=run, floor=floor(run))
-            state["floor"]()
-        elif n > 0 and n % block == 0:
-            middle = wait(run.device)
-            for _ in range(block):
-                state["floor"]()
-            pairs.append(((middle - state["began"]) / block, (wait(run.device) - middle) / block))
-        if n >= 0 and n % block == 0:
-            state["began"] = wait(run.device)
-        if len(pairs) == count:
-            raise Done
-
-    train_until(name, flags, after)
-    return state["run"], pairs
-
-
-def split(name: str, flags: list[str], count: int = 10) -> dict[str, float]:
-    """Percent of a step by part; a loss inside the network's forward counts for the network."""
-    seconds, began, device = collections.Counter(), [], common.pick_device("auto")
-    parts = {(common.BatchAugment, "forward"): "augmentation", (torch.Tensor, "backward"): "network",
-             (bassl, "fuse_views"): "fusion", (npid_distill, "cutmix"): "augmentation",
-             (npid_distill.MemoryBank, "in_play"): "bank", (npid_distill.MemoryBank, "update"): "bank"}
+def split(run: common.Run, model: torch.nn.Module):
+    """Is resumed after every update; returns the percent of a step that each part takes."""
+    seconds, bank = collections.Counter(), npid_distill.MemoryBank
+    parts = {"augmentation": [(common.BatchAugment, "forward"), (npid_distill, "cutmix")],
+             "fusion": [(bassl, "fuse_views")], "network": [(model, "forward"), (torch.Tensor, "backward")],
+             "bank": [(bank, "in_play"), (bank, "update")], "optimizer": [(run.optimizer, "step")]}
 
     def timed(part, function):
         def wrapper(*args, **options):
-            start = wait(device)
+            start = wait(run.device)
             result = function(*args, **options)
-            seconds[part] += wait(device) - start
+            seconds[part] += wait(run.device) - start
             return result
         return wrapper
 
-    def start(run, *modules, start=common.Run.start):
-        start(run, *modules)
-        trained(run).forward = timed("network", trained(run).forward)
-        run.optimizer.step = timed("optimizer", run.optimizer.step)
-
-    def after(run, n):
-        if n == 0:
-            seconds.clear()
-            began.append(wait(device))
-        elif n == count:
-            seconds["rest"] = wait(device) - began[0] - sum(seconds.values())
-            raise Done
-
     with contextlib.ExitStack() as patches:
-        patches.enter_context(mock.patch.object(common.Run, "start", start))
-        for (owner, key), part in parts.items():
-            patches.enter_context(mock.patch.object(owner, key, timed(part, getattr(owner, key))))
-        train_until(name, flags, after)
-    whole = sum(seconds.values())
+        for part, places in parts.items():
+            for owner, name in places:
+                wrapper = timed(part, getattr(owner, name))
+                patches.enter_context(mock.patch.object(owner, name, wrapper))
+        yield
+        seconds.clear()
+        began = wait(run.device)
+        for _ in range(COUNT):
+            yield
+        whole = wait(run.device) - began
+    seconds["rest"] = whole - sum(seconds.values())
     return {f"{part} %": round(100 * spent / whole, 1) for part, spent in seconds.most_common()}
 
 
-def bench_method(name: str, flags: list[str]) -> dict:
-    run, pairs = step_and_floor(name, flags)
+def measure(name: str):
+    """Is resumed with the run after every update; returns the row of a method."""
+    run, inputs, pairs = (yield), [], []
+    hook = run.encoder.register_forward_pre_hook(lambda _, x: inputs.extend(x))
+    yield
+    hook.remove()
+    model = run.model["framework"] if run.method == "bassl" else run.model
+    one_floor, block = floor(run, model, inputs), 10 if run.device.type == "cuda" else 1
+    yield
+    one_floor()
+    for _ in range(COUNT):
+        began = wait(run.device)
+        for _ in range(block):
+            yield
+        middle = wait(run.device)
+        for _ in range(block):
+            one_floor()
+        pairs.append(((middle - began) / block, (wait(run.device) - middle) / block))
     step, least = (statistics.median(seconds) for seconds in zip(*pairs))
     ratio = statistics.median(floor / step for step, floor in pairs)
     return {"method": name, "network": f"{run.cfg.arch}, {run.stem} stem, {run.view} px",
             "batch": run.cfg.batch, "images_per_s": round(run.cfg.batch / step, 1),
             "step_ms": round(1e3 * step, 2), "floor_ms": round(1e3 * least, 2),
-            "floor/step": round(ratio, 3), **split(name, flags),
+            "floor/step": round(ratio, 3), **(yield from split(run, model)),
             "device": common.device_name(run.device), "precision": str(run.dtype).removeprefix("torch.")}
 
 
-def bench_photos(folder: str, batch: int, device: torch.device) -> list[dict]:
+def bench_method(name: str, flags: list[str]) -> dict:
+    """The method's own train(), on as many random images as its recipe takes, until measure() has its row."""
+    (script, own), rows, measuring = METHODS[name], [], measure(name)
+    next(measuring)
+
+    def optimise(run, loss, optimise=common.Run.optimise):
+        optimise(run, loss)
+        try:
+            measuring.send(run)
+        except StopIteration as end:
+            rows.append(end.value)
+            raise Done from None
+
+    def random_images(dataset, data, split, size, cache, workers, limit):
+        count = limit or common.IMAGES["cifar10"]
+        pixels = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
+        return common.ImageSet(pixels, torch.zeros(count, dtype=torch.long), ["one"])
+
+    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(sys.stderr), \
+            mock.patch.multiple(common, load_images=random_images), \
+            mock.patch.multiple(common.Run, optimise=optimise), contextlib.suppress(Done):
+        flags = [*flags, *own.split(), *"--dataset cifar10 --epochs 1000 --knn-every 0 --out".split(), out]
+        script.train(common.parse(script.Config, "", flags, script.RECIPES, BY[script]))
+    return rows[0]
+
+
+def bench_photos(folder: str, batch: int = 128) -> list[dict]:
     """Images/s of each stage of 224-pixel training by itself."""
     files, classes = common.list_tree(pathlib.Path(folder).resolve())
-    stored, augment, rows = 256, common.BatchAugment(224, blur_p=0.5).to(device), []
+    device, rows = common.pick_device("auto"), []
+    augment = common.BatchAugment(224, blur_p=0.5).to(device)
 
     def stage(name, count, function):
         began = wait(device)
@@ -188,7 +164,7 @@ def bench_photos(folder: str, batch: int, device: torch.device) -> list[dict]:
         return result
 
     with tempfile.TemporaryDirectory() as cache:
-        args = (files, classes, stored, pathlib.Path(cache) / "photos", 0)
+        args = (files, classes, 256, pathlib.Path(cache) / "photos", 0)
         photos = stage("decode into the map, a thread a core", len(files), lambda: common.decoded(*args))
         order = [index % len(photos) for index in torch.arange(batch * 8).split(batch)]
         stage("read the map", 8 * batch, lambda: [*photos.batches(order, torch.device("cpu"))])
@@ -199,21 +175,16 @@ def bench_photos(folder: str, batch: int, device: torch.device) -> list[dict]:
 
 
 def main() -> None:
-    device = common.pick_device("auto")
-    usual = "cifar" if device.type == "cuda" else "small"
     it = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     it.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
-    it.add_argument("--recipe", choices=["small", "cifar"], default=usual)
-    it.add_argument("--batch", type=int, default=0, help="0 = the recipe's")
-    it.add_argument("--photos", default="", metavar="DIR", help="photos: stages in place of steps")
-    it.add_argument("--out", default="", metavar="FILE", help="append the rows to this .jsonl file")
-    args = it.parse_args()
-    flags = ["--recipe", args.recipe] + (["--batch", str(args.batch)] if args.batch else [])
-    rows = bench_photos(args.photos, args.batch or 128, device) if args.photos else \
-        (bench_method(name, flags) for name in args.methods)
+    it.add_argument("--photos", metavar="DIR", help="photos: stages in place of steps")
+    it.add_argument("--out", metavar="FILE", help="append the rows to this .jsonl file")
+    args, flags = it.parse_known_args()
+    rows = (bench_method(name, flags) for name in args.methods)
+    if args.photos:
+        rows = bench_photos(args.photos)
     for row in rows:
-        hidden = ("device", "precision", "network")
-        print(", ".join(f"{key} {value}" for key, value in row.items() if key not in hidden), flush=True)
+        print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
         if args.out:
             with open(args.out, "a") as file:
                 file.write(json.dumps(row | common.origin()) + "\n")
