@@ -1,6 +1,5 @@
-"""BA-SSL: the fusion's algebra, losses against loops, the frameworks' targets and queue, runs that die."""
+"""BA-SSL: the fusion's algebra, losses against loops, the frameworks' targets and queue, the control."""
 import math
-import typing
 
 import pytest
 import torch
@@ -9,36 +8,15 @@ from torch import nn
 
 import bassl
 import common
-from bassl import (BYOL, BatchFusion, MoCo, SimSiam, cosine_loss, fuse_views, info_nce, mlp, nt_xent,
+from bassl import (BYOL, BatchFusion, MoCo, SimSiam, cosine_loss, fuse_views, info_nce, nt_xent,
                    patch_partition, patch_restore)
-from conftest import TINY, Small, assert_dying_changes_nothing, assert_works_alone, parsed, read_log
-
-HINTS = typing.get_type_hints(bassl.Config)
-FRAMEWORKS, KINDS = typing.get_args(HINTS["framework"]), typing.get_args(HINTS["fuse"])
-
-
-def assert_compiles_once(function, arguments):
-    """Without a graph break, without another graph for the second and third step, and to the same values."""
-    torch._dynamo.reset()
-    graphs = []
-    backend = lambda module, _: graphs.append(module) or module.forward
-    compiled = torch.compile(function, fullgraph=True, backend=backend)
-    for args in arguments:
-        torch.testing.assert_close(compiled(*args), function(*args))
-    assert len(graphs) == 1
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """Runs take no time: a small network, and heads with few hidden units."""
-    monkeypatch.setattr(common, "resnet", Small)
-    monkeypatch.setattr(bassl, "mlp", lambda widths, **norm: mlp([widths[0], 16, widths[-1]], **norm))
+from conftest import Small, assert_runs_on_cuda_and_compiles_once
 
 
 def opened():
     """A fusion of six images of 8 pixels with open gates."""
     torch.manual_seed(0)
-    fusion = BatchFusion(6, 8)
+    fusion = BatchFusion(6, 8, layers=2, kernel=3)
     fusion.hold(0.7)
     return fusion
 
@@ -47,9 +25,7 @@ def opened():
 def test_a_patch_holds_the_pixels_of_its_square_and_restore_inverts_partition(patch):
     x = torch.randn(3, 5, 8, 8)
     tokens = patch_partition(x, patch)
-    assert tokens.shape == (3, (8 // patch) ** 2, 5 * patch**2)
-    assert torch.equal(tokens[1, -1], x[1, :, -patch:, -patch:].flatten())
-    assert torch.equal(tokens[1, 8 // patch - 1], x[1, :, :patch, -patch:].flatten())  # first row, last
+    assert torch.equal(tokens, F.unfold(x, patch, stride=patch).mT)
     assert torch.equal(patch_restore(tokens, patch, 5, 8), x)
 
 
@@ -64,19 +40,16 @@ def test_fusion_starts_as_the_identity_and_all_of_it_learns_once_a_gate_is_open(
     assert all(p.grad.abs().sum() > 0 for p in fusion.parameters())
 
 
-def test_an_order_is_applied_before_and_undone_after():
-    fusion, x, order = opened(), torch.randn(6, 3, 8, 8), torch.tensor([2, 0, 1, 5, 3, 4])
-    want = torch.empty_like(x)
-    want[order] = fusion(x[order])
-    assert torch.equal(fusion(x, order), want) and not torch.allclose(want, fusion(x))
-
-
 def test_the_views_of_the_leak_free_kinds_share_no_rows_of_the_convolution():
-    fusion, x = opened(), torch.randn(6, 3, 8, 8)
-    views = {kind: fuse_views(fusion, kind, x, x, common.seeded(0)) for kind in KINDS}
-    assert torch.equal(*views["plain"])                                # the literal reading
-    assert views["one"][1] is x and views["adversarial"][1] is x
-    assert not torch.allclose(*views["shuffled"])
+    fusion, x, order = opened(), torch.randn(6, 3, 8, 8), torch.tensor([2, 0, 1, 5, 3, 4])
+    one, shuffled, want = fusion(x), fusion(x, order), torch.empty_like(x)
+    want[order] = fusion(x[order])                                     # applied before and undone after
+    assert torch.equal(shuffled, want) and not torch.allclose(shuffled, one)
+    for kind in ("plain", "one", "adversarial", "shuffled"):
+        first, second = fuse_views(fusion, kind, x, x, common.seeded(0))
+        assert torch.equal(first, one) == (kind != "shuffled")
+        assert torch.equal(first, second) == (kind == "plain")         # the literal reading
+        assert torch.equal(second, x) == (kind in ("one", "adversarial"))
 
 
 def test_the_adversarys_convolutions_get_the_opposite_gradient():
@@ -88,6 +61,11 @@ def test_the_adversarys_convolutions_get_the_opposite_gradient():
         fusion(x).square().sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in fusion.convs.parameters()]))
     assert torch.equal(gradients[0], -gradients[1]) and (gradients[0] != 0).any()
+
+
+def test_the_default_fusion_keeps_its_gate_at_what_it_is_held_at(small, train):
+    state = common.read_checkpoint(train("out") / "checkpoint.pt")
+    assert state["model"]["fusion.gates.0"].item() == pytest.approx(0.15)
 
 
 def test_losses_equal_their_loops_whatever_the_scale():
@@ -105,15 +83,6 @@ def test_losses_equal_their_loops_whatever_the_scale():
         contrast += (math.log(sum(math.exp(c / 0.2) for c in cosines)) - cosines[0] / 0.2) / 5
     assert info_nce(z1, 3 * z2, queue, 0.2).item() == pytest.approx(contrast, rel=1e-12)
     assert cosine_loss(3 * z1, z2).item() == pytest.approx(-cosine, rel=1e-12)
-
-
-@pytest.mark.parametrize("loss", [nt_xent, cosine_loss, lambda z1, z2: info_nce(z1, z2, z2.sin().roll(1, 0))])
-def test_a_loss_stays_in_float32_under_autocast_and_compiles_whole_and_once(loss):
-    pairs = torch.randn(3, 2, 64, 32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = loss(*pairs[0])
-    assert inside.dtype == torch.float32 and torch.equal(inside, loss(*pairs[0]))
-    assert_compiles_once(loss, pairs)
 
 
 def test_mocos_queue_is_first_in_first_out_with_both_views_keys_and_none_of_its_own_batch():
@@ -152,40 +121,20 @@ def test_the_gradient_is_that_of_the_mean_negative_cosine_over_both_directions(f
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_forward_runs_on_cuda_tensors_without_touching_the_host(framework, monkeypatch):
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    widths = [16, 1024, 256] if framework == "byol" else [16, 512, 128]
-    monkeypatch.setattr("copy.deepcopy", lambda _: nn.Sequential(Small(), mlp(widths)))  # of fake tensors
-    with FakeTensorMode():
-        with torch.device("cuda"):
-            model, fusion = bassl.FRAMEWORKS[framework](Small()), BatchFusion(8, 16, layers=2)
-            order, (x1, x2) = torch.randperm(8), torch.randn(2, 8, 3, 16, 16)
-        loss = model(fusion(x1), fusion(x2, order))                    # a constant made here lands on the CPU
-        model.after_step(0.5)
-        assert loss.device.type == "cuda" and loss.dtype == torch.float32
+@pytest.mark.parametrize("framework", bassl.FRAMEWORKS)
+def test_a_framework_and_a_fusion_run_on_cuda_tensors_and_compile_whole_and_once(framework):
+    model = bassl.FRAMEWORKS[framework](Small())
+    assert_runs_on_cuda_and_compiles_once(model, torch.randn(3, 2, 8, 3, 8, 8).unbind())
+    steps = [(x, torch.randperm(6)) for x in torch.randn(3, 6, 3, 8, 8)]
+    assert_runs_on_cuda_and_compiles_once(opened(), steps)
 
 
-@pytest.mark.parametrize("framework, kind", [*zip(FRAMEWORKS, KINDS)])
-def test_a_run_that_dies_after_any_step_ends_as_if_it_had_not(framework, kind, quick, tmp_path, monkeypatch):
-    flags = f"--framework {framework} --fuse {kind} --layers 2 --knn-every 1 --save-every 0 --deterministic"
-    assert_dying_changes_nothing(bassl, [*TINY, *flags.split()], (0, 1, 3, 5), tmp_path, monkeypatch)
-    last = read_log(tmp_path / "died")[-1]
-    assert (last["gate_2"] == 0.15) == (kind == "adversarial") and math.isfinite(last["loss"])
-
-
-def test_the_control_pairs_every_image_with_another_in_an_order_of_its_own(quick, tmp_path, monkeypatch):
+def test_the_control_pairs_every_image_with_another_in_an_order_of_its_own(small, train, monkeypatch):
     """A fixed order could be learned by the fusion, which sees the whole batch."""
     seen = []
     monkeypatch.setattr(bassl, "fuse_views", lambda _, kind, *views: seen.append(views[:2]) or views[:2])
     monkeypatch.setattr(common.BatchAugment, "forward",
                         lambda self, images, generator, aspect, views: images.repeat(views, 1, 1, 1).float())
-    bassl.train(parsed(bassl, *TINY, "--unpaired", "--out", tmp_path))
+    train("out", "--unpaired")
     orders = [tuple(next(j for j in range(16) if torch.equal(x1[j], row)) for row in x2) for x1, x2 in seen]
     assert all(sorted(order) == list(range(16)) for order in orders) and len({*orders}) == len(orders) == 6
-
-
-def test_the_file_alone_gives_its_parts(tmp_path):
-    code = ("from bassl import BatchFusion, nt_xent; import torch; x = torch.ones(4, 3, 8, 8); "
-            "nt_xent(*BatchFusion(4, 8)(x).flatten(1).chunk(2), 0.2)")
-    assert_works_alone("bassl.py", code, tmp_path)

@@ -1,6 +1,8 @@
 """Folders of images: photos of any shape, odd files and layouts, the map that they are decoded into."""
 import collections
-import resource
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -8,10 +10,9 @@ import torch
 import torchvision.transforms.v2.functional as TF
 from PIL import Image
 
-import bassl
 import common
 from common import RunError
-from conftest import TINY, Small, parsed, run_script, same_run
+from conftest import disk_of, killed, made_tree, same_run
 
 GREY = np.linspace(0, 255, 64).round().astype(np.uint8).reshape(8, 8)
 COLOURS = np.stack([GREY, GREY.T, 255 - GREY], 2)                     # (8, 8, 3)
@@ -24,20 +25,6 @@ def saved(pixels, path, **options):
     return path
 
 
-def slopes(width, height):
-    """A photo whose red says how far to the right a pixel is, and its green how far down, in 255ths."""
-    x, y = ((np.arange(n) + 0.5) / n * 255 for n in (width, height))
-    x, y = np.broadcast_arrays(x[None], y[:, None])
-    return np.stack([x, y, np.full_like(x, 128)], 2).round().astype(np.uint8)
-
-
-def made_tree(folder, count=40, size=(8, 8)):
-    """Two classes; image i is of the one colour i."""
-    for i in range(count):
-        saved(np.full((*size, 3), i, np.uint8), folder / "train" / "ab"[i % 2] / f"{i:03}.png")
-    return folder
-
-
 def load(folder, size=8, dataset="folder", split="train", limit=0):
     return common.load_images(dataset, str(folder), split, size, str(folder.parent / "cache"), limit=limit)
 
@@ -45,6 +32,11 @@ def load(folder, size=8, dataset="folder", split="train", limit=0):
 def colours(images):
     """The first value of each image's pixels, in the set's order."""
     return images.pixels[images.rows, 0, 0, 0].tolist()
+
+
+def cached(tree):
+    """The kinds of files in the cache of a tree, without the locks."""
+    return [path.suffix for path in (tree.parent / "cache").iterdir() if path.suffix != ".lock"]
 
 
 @pytest.fixture
@@ -55,44 +47,46 @@ def calls(monkeypatch):
     return paths
 
 
-def test_views_of_photos_stay_inside_reach_every_side_and_have_the_asked_ratio_in_the_photo(tmp_path):
-    sides = [(300, 200), (200, 300), (240, 240), (400, 160)]
-    for i, side in enumerate(sides):
-        saved(slopes(*side), tmp_path / "photos" / f"{i}.png")
-    images = load(tmp_path / "photos", 64)
-    assert images.aspect.tolist() == pytest.approx([w / h for w, h in sides])
-    augment = common.BatchAugment(32, flip=0, jitter_p=0, gray_p=0)
-    order = torch.arange(4).repeat(500)
-    [(pixels, aspect, _)] = images.batches([order], torch.device("cpu"))
-    views = augment(pixels, common.seeded("photos"), aspect)
-    views = views * augment.std[:, None, None] + augment.mean[:, None, None]
-    lines = torch.stack([views[:, 0, 16], views[:, 1, :, 16]])        # (2, B, 32)
-    middle, half = lines[..., [7, 24]].mean(2), (lines[..., 24] - lines[..., 7]) * 16 / 17
-    begin, end = middle - half, middle + half                         # (2, B), in sides of the photo
-    assert begin.min() > -0.01 and end.max() < 1.01
-    for i, (width, height) in enumerate(sides):
-        own = order == i
-        assert (begin[:, own].amin(1) < 0.01).all() and (end[:, own].amax(1) > 0.99).all()
-        wide, tall = 2 * half[:, own]
-        ratio = wide * width / (tall * height)
-        assert 0.70 < ratio.min() < 0.80 and 1.25 < ratio.max() < 1.42 and 0.18 < (wide * tall).min() < 0.25
+@pytest.fixture
+def pretrain(small, train):
+    """pretrain(name, tree, *flags): a run of one epoch on a folder."""
+    def start(name, tree, *flags):
+        where = ["--dataset", "folder", "--data", tree, "--cache", tree.parent / "cache"]
+        return train(name, *where, "--limit", 0, "--epochs", 1, *flags)
+    return start
 
 
-def test_the_centre_view_of_a_photo_is_torchvisions_resize_and_crop(tmp_path):
-    photos, draw = [], common.seeded("photos")
-    for i, (width, height) in enumerate([(500, 375), (375, 500), (400, 400)]):
-        noise = (torch.randn(3, n, n, generator=draw) for n in (2, 5, 12, 30, 80))
-        photo = sum(TF.resize(x, [height, width]) for x in noise)
-        photos.append(((photo - photo.min()) / (photo.max() - photo.min()) * 255).to(torch.uint8))
-        saved(photos[i].permute(1, 2, 0).numpy(), tmp_path / "photos" / f"{i}.png")
+@pytest.mark.parametrize("width, height", [(300, 200), (200, 300), (240, 240), (400, 160)])
+def test_boxes_of_photos_stay_inside_reach_every_side_and_have_the_asked_ratio(width, height, tmp_path):
+    saved(np.zeros((height, width, 3), np.uint8), tmp_path / "photos" / "0.png")
+    aspect = load(tmp_path / "photos", 64).aspect.expand(2000)
+    u = torch.rand(2000, common.UNIFORMS, generator=common.seeded("photos"))
+    top, left, tall, wide = common.BatchAugment(32).boxes(u[:, :22], 64, 64, aspect)
+    for begin, length in ((top, tall), (left, wide)):
+        assert begin.min() == 0 and (begin + length).max() == 64
+    ratio, area = (wide * width) / (tall * height), wide * tall / 64**2
+    assert 0.70 < ratio.min() < 0.80 and 1.25 < ratio.max() < 1.42 and 0.18 < area.min() < 0.25
+
+
+@pytest.mark.parametrize("width, height", [(500, 375), (375, 500), (400, 400)])
+def test_the_centre_view_of_a_photo_is_torchvisions_resize_and_crop(width, height, tmp_path):
+    noise = (torch.randn(3, n, n, generator=common.seeded("photo", n)) for n in (2, 5, 12, 30, 80))
+    photo = sum(TF.resize(x, [height, width]) for x in noise)
+    photo = ((photo - photo.min()) / (photo.max() - photo.min()) * 255).to(torch.uint8)
+    saved(photo.permute(1, 2, 0).numpy(), tmp_path / "photos" / "0.png")
     images = load(tmp_path / "photos", 224)
-    views, squashed = (common.center_view(images.pixels, 224, aspect)
-                       for aspect in (images.aspect, torch.ones(3)))
-    for i, photo in enumerate(photos):
-        want = TF.center_crop(TF.resize(photo, 256), 224) / 255
-        want = TF.normalize(want, common.MEAN, common.STD)
-        error, distorted = ((x[i] - want).abs().mean() * 0.225 * 255 for x in (views, squashed))
-        assert error < 4 and (i == 2 or distorted > 10)               # grey levels
+    want = TF.normalize(TF.center_crop(TF.resize(photo, 256), 224) / 255, common.MEAN, common.STD)
+    error, distorted = ((common.center_view(images.pixels, 224, aspect)[0] - want).abs().mean() * 0.225 * 255
+                        for aspect in (images.aspect, torch.ones(1)))
+    assert error < 4 and (width == height or distorted > 10)          # grey levels
+
+
+def test_views_of_square_images_do_not_change_by_one_bit():
+    x, u = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8), torch.rand(8, common.UNIFORMS)
+    augment, square = common.BatchAugment(32, blur_p=0.5), torch.ones(8)
+    assert torch.equal(augment.apply(x, u, [0, 1, 2, 3]), augment.apply(x, u, [0, 1, 2, 3], square))
+    center = TF.normalize(x[:, :, 4:60, 4:60] / 255, common.MEAN, common.STD)
+    assert torch.equal(common.center_view(x, 56, square), center)
 
 
 def test_images_of_odd_kinds_are_read_as_rgb(tmp_path):
@@ -139,55 +133,34 @@ def test_tiny_imagenet_as_published_but_for_a_hidden_folder(tmp_path):
     assert val.labels.tolist() == [1, 0, 1] and colours(val) == [0, 50, 100]
 
 
-def test_hidden_files_are_ignored_and_a_folder_without_classes_is_pretrainable(tmp_path, monkeypatch):
+def test_hidden_files_are_ignored_and_what_lies_deeper_is_found(tmp_path):
     for name in ("a/deep/er/1.png", "a/.hidden/2.png", "a/.3.png", ".git/4.png", "b/5.PNG", "b/notes.txt"):
-        saved(COLOURS, tmp_path / "tree" / name, format="PNG")
-    files, classes = common.list_tree(tmp_path / "tree")
-    want = [(str(tmp_path / "tree" / "a/deep/er/1.png"), 0), (str(tmp_path / "tree" / "b/5.PNG"), 1)]
-    assert files == want and classes == ["a", "b"]
+        saved(COLOURS, tmp_path / name, format="PNG")
+    files = [(str(tmp_path / "a/deep/er/1.png"), 0), (str(tmp_path / "b/5.PNG"), 1)]
+    assert common.list_tree(tmp_path) == (files, ["a", "b"])
 
+
+def test_a_folder_without_classes_trains_and_alike_where_it_is_too_large_for_memory(
+        pretrain, tmp_path, monkeypatch):
     for i in range(20):
-        saved(slopes(12, 8 + i), tmp_path / "flat" / f"caf\udce9 {i}.png")  # a name that is not UTF-8
+        pixels = np.full((8 + i, 12, 3), (0, 10 * i, 255), np.uint8)
+        saved(pixels, tmp_path / "flat" / f"caf\udce9 {i}.png")       # a name that is not UTF-8
     images = load(tmp_path / "flat", 16)
     assert images.labels.tolist() == [-1] * 20 and images.classes == []
-    monkeypatch.setattr(common, "resnet", Small)
-    train(tmp_path / "flat", tmp_path / "out", "--knn-every", 1)
-    assert (tmp_path / "out" / "backbone.pt").exists()
-
-
-def test_views_of_square_images_do_not_change_by_one_bit():
-    x, u = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8), torch.rand(8, common.UNIFORMS)
-    augment, square = common.BatchAugment(32, blur_p=0.5), torch.ones(8)
-    assert torch.equal(augment.apply(x, u, [0, 1, 2, 3]), augment.apply(x, u, [0, 1, 2, 3], square))
-    center = TF.normalize(x[:, :, 4:60, 4:60] / 255, common.MEAN, common.STD)
-    assert torch.equal(common.center_view(x, 56, square), center)
-
-
-def train(data, out, *flags):
-    """A run of one epoch on a folder."""
-    where = ["--dataset", "folder", "--data", data, "--cache", data.parent / "cache", "--out", out]
-    bassl.train(parsed(bassl, *TINY, *where, "--limit", 0, "--epochs", 1, *flags))
-
-
-def test_a_set_too_large_for_memory_is_read_ahead_and_trains_the_same(tmp_path, monkeypatch):
-    for i in range(48):
-        saved(np.roll(slopes(10 + i % 5, 12), i, 1), tmp_path / "photos" / f"{i:02}.png")
-    monkeypatch.setattr(common, "resnet", Small)
-    train(tmp_path / "photos", tmp_path / "near")
-    monkeypatch.setattr(common, "IN_MEMORY", 0)
-    train(tmp_path / "photos", tmp_path / "far")
-    same_run(tmp_path / "near", tmp_path / "far")
+    flags = ["--batch", 4, "--knn-every", 1]
+    near = pretrain("near", tmp_path / "flat", *flags)
+    monkeypatch.setattr(common, "IN_MEMORY", 0)                       # a thread reads the batches ahead
+    same_run(near, pretrain("far", tmp_path / "flat", *flags))
 
 
 def test_limit_and_preview_decode_no_more_than_they_need_and_a_map_is_shared_until_a_file_moves(
-        tmp_path, monkeypatch, calls):
-    monkeypatch.setattr(common, "resnet", Small)
+        pretrain, tmp_path, calls):
     tree = made_tree(tmp_path / "set")
     before = {path: path.stat().st_mtime_ns for path in [tree, *tree.rglob("*")]}
     assert len(load(tree, limit=10)) == len(calls) == 10
-    train(tree, tmp_path / "preview", "--preview")
-    assert len(calls) == 10 + 16 and (tmp_path / "preview" / "preview.png").exists()
-    train(tree, tmp_path / "preview", "--preview", "--limit", 20)
+    assert (pretrain("preview", tree, "--preview") / "preview.png").exists()
+    assert len(calls) == 10 + 16
+    pretrain("preview", tree, "--preview", "--limit", 20)
     assert len(calls) == 10 + 16 + 20
     load(tree), load(tree, limit=10), load(tree, limit=40)
     assert len(calls) == 10 + 16 + 20 + 40
@@ -211,62 +184,60 @@ def test_a_broken_file_is_named_once_and_left_out_and_above_one_percent_nothing_
         (tree / "train" / name).write_bytes(b"")
     with pytest.raises(RunError, match="3 of 200 images do not decode: .*00[789].png"):
         load(tree, 9)
-    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".lock", ".lock", ".u8"]
+    assert cached(tree) == [".u8"]
 
 
 def test_a_full_disk_is_one_error_before_the_first_image_or_in_the_middle_and_leaves_nothing(
         tmp_path, monkeypatch, calls):
-    tree, cache = made_tree(tmp_path / "set", 100), tmp_path / "cache"
+    tree = made_tree(tmp_path / "set", 100)
     with monkeypatch.context() as patch:
         patch.setattr(common.shutil, "disk_usage", lambda _: collections.namedtuple("Usage", "free")(1e7))
         with pytest.raises(RunError, match="100 decoded images take 0.02 GB.* 0.01 GB left.*--cache"):
             load(tree, 224)
     assert not calls
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
-        with pytest.raises(RunError, match="could not write .*u8 .File too large"):
-            load(tree, 224)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert {path.suffix for path in cache.iterdir()} == {".lock"}
+    with disk_of(1_000_000), pytest.raises(RunError, match="could not write .*u8 .File too large"):
+        load(tree, 224)
+    assert not cached(tree)
 
 
-# Starts by fork, after the imports and before any arithmetic. argv: the tree and two caches.
-STARTS = """
-import os, signal, sys, time, torchvision.datasets, common
-def start(cache):
-    child = os.fork()
-    if child == 0:
-        images = common.load_images("folder", sys.argv[1], "train", 8, cache, 2)
-        os.write(1, b"sum %d\\n" % images.pixels.sum())
-        os._exit(0)
-    return child
-for module, name, nth in (common, "decode", 20), (os, "fsync", 1), (os, "replace", 1):
-    left, real = [None] * nth, getattr(module, name)
-    def dies(*args):
-        left.pop()
-        return real(*args) if left else os.kill(os.getpid(), signal.SIGKILL)
-    setattr(module, name, dies)
-    child = start(sys.argv[2])
-    setattr(module, name, real)
-    print(name, os.waitpid(child, 0)[1], [n for n in os.listdir(sys.argv[2]) if n.endswith("u8")], flush=True)
-decode = common.decode
-common.decode = lambda *args: time.sleep(0.02) or decode(*args)
-children = [start(sys.argv[3]), start(sys.argv[3])]
-print("both", [os.waitpid(child, 0)[1] for child in children])
-"""
-
-
-def test_a_kill_leaves_nothing_that_reads_as_whole_and_two_runs_at_once_decode_once(tmp_path, calls):
+@pytest.mark.parametrize("function, nth", [("write", 20), ("fsync", 1), ("replace", 1)])
+def test_a_kill_while_decoding_leaves_nothing_that_reads_as_whole(function, nth, tmp_path, calls):
     tree = made_tree(tmp_path / "set")
-    status, said, errors = run_script("-c", STARTS, tree, tmp_path / "cache", tmp_path / "shared")
-    for moment in ("decode", "fsync", "replace"):
-        assert f"{moment} 9 []\n" in said, errors
+    killed(lambda: load(tree), function, nth)
+    assert ".u8" not in cached(tree)
     images = load(tree)                                               # decodes all of them anew
     assert len(calls) == 40 and colours(images) == [*range(0, 40, 2), *range(1, 40, 2)]
-    assert (images.aspect == 1).all()                                 # squares are not squashed
-    assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".lock", ".u8"}
-    twins = said[said.index("replace 9"):]
-    assert twins.count("decoding 40 images") == 1 and twins.count(f"sum {images.pixels.sum().item()}\n") == 2
-    assert "both [0, 0]" in twins and status == 0
+    assert (images.aspect == 1).all() and cached(tree) == [".u8"]     # squares are not squashed
+
+
+def test_two_runs_at_once_decode_once(tmp_path, monkeypatch, calls):
+    tree, decode = made_tree(tmp_path / "set"), common.decode
+    monkeypatch.setattr(common, "decode", lambda *args: time.sleep(0.01) or decode(*args))
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(load, [tree, tree])
+    assert len(calls) == 40 and colours(first) == colours(second) == [*range(0, 40, 2), *range(1, 40, 2)]
+
+
+@pytest.mark.soak
+def test_a_hundred_damaged_trees_are_read_or_refused(tmp_path):
+    draw, ends = random.Random(0), collections.Counter()
+    for n in range(100):
+        tree = made_tree(tmp_path / str(n) / "set", 12)
+        for path in draw.sample(sorted(tree.rglob("*.png")), draw.randint(1, 3)):
+            data = path.read_bytes()
+            path.unlink()
+            draw.choice([
+                lambda: path.write_bytes(data[:draw.randrange(len(data))]),
+                lambda: path.write_bytes(draw.randbytes(draw.randrange(200))),
+                lambda: path.with_suffix(draw.choice([".jpg", ".txt", ""])).write_bytes(data),
+                lambda: path.symlink_to("nowhere.png"),
+                path.mkdir,
+            ])()
+        try:
+            images = load(tree)
+            assert 0 < len(images) <= 12 and images.classes == ["a", "b"]
+            ends["read"] += 1
+        except (common.RunError, common.UsageError) as error:
+            assert str(tree) in str(error) and not cached(tree)
+            ends["refused"] += 1
+    assert min(ends["read"], ends["refused"]) > 10, ends

@@ -1,16 +1,17 @@
 """The probe: protocols against independent computations, backbones that do not fit, and the row."""
 import json
+import shutil
 import subprocess
 
 import pytest
 import torch
 import torchvision
+from PIL import Image
 
-import bassl
 import common
 import linear_probe
 from common import UsageError
-from conftest import ROOT, TINY, parsed
+from conftest import ROOT
 
 
 def probe(*flags):
@@ -34,20 +35,11 @@ def few(monkeypatch):
     return asked
 
 
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory):
-    """The folder of a finished run."""
-    out = tmp_path_factory.mktemp("probe") / "run"
-    bassl.train(parsed(bassl, *TINY, "--epochs", 1, "--seed", 3, "--out", out))
-    return out
-
-
 @pytest.fixture
 def backbone(pretrained, tmp_path):
-    """That folder's backbone and log, in a folder of the test's own."""
-    for name in ("backbone.pt", "log.jsonl"):
-        (tmp_path / name).write_bytes((pretrained / name).read_bytes())
-    return tmp_path / "backbone.pt"
+    """A run's backbone and log, in a folder of the test's own."""
+    shutil.copytree(pretrained, tmp_path / "run")
+    return tmp_path / "run" / "backbone.pt"
 
 
 def test_the_quick_probe_separates_what_is_separable_guesses_noise_and_standardises_in_place():
@@ -75,14 +67,13 @@ def test_the_logistic_fit_is_at_a_stationary_point_of_its_objective_whatever_the
 def test_a_label_fraction_keeps_every_class():
     pixels, labels = torch.zeros(1000, 3, 2, 2, dtype=torch.uint8), torch.arange(1000) % 10
     images = common.ImageSet(pixels, labels, list("abcdefghij"))
-    assert linear_probe.label_fraction(images, 0.1, 0).labels.bincount().tolist() == [10] * 10
-    assert linear_probe.label_fraction(images, 0.0001, 0).labels.bincount().tolist() == [1] * 10
+    for fraction, each in ((0.1, 10), (0.0001, 1)):
+        assert linear_probe.label_fraction(images, fraction, 0).labels.bincount().tolist() == [each] * 10
     first, again, other = (linear_probe.label_fraction(images, 0.1, seed).rows for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-def test_wrong_backbones_are_refused_by_name(backbone, tmp_path):
-    path = str(tmp_path / "other.pt")
+def test_wrong_backbones_are_refused_by_name(backbone):
     state = torch.load(backbone, weights_only=True)
     bare = {key: value for key, value in state.items() if key not in ("arch", "stem")}
     for held, options, words in [
@@ -90,22 +81,23 @@ def test_wrong_backbones_are_refused_by_name(backbone, tmp_path):
         (state, dict(stem="cifar"), "stem imagenet, not cifar"),
         (bare, {}, "missing layer1.1.conv1.weight"),  # taken for a resnet18
         ({**bare, "head.weight": torch.zeros(1)}, dict(arch="resnet10"), "unexpected head.weight"),
-        ({k: v for k, v in bare.items() if "bn1.running_var" != k}, dict(arch="resnet10"), "bn1.running_var"),
         (bare, dict(arch="resnet10", stem="cifar"), "imagenet stem .*, not cifar"), ([1], {}, "holds a list"),
     ]:
-        torch.save(held, path)
+        torch.save(held, backbone)
         with pytest.raises(UsageError, match=words):
-            linear_probe.load_backbone(path, **options)
+            linear_probe.load_backbone(str(backbone), **options)
 
 
-def test_torchvisions_own_state_dict_is_read_without_its_classifier(tmp_path):
-    torch.manual_seed(0)
-    model = torchvision.models.resnet18()
+@pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50"])
+def test_torchvisions_own_state_dict_is_read_without_its_classifier(arch, tmp_path):
+    model = torchvision.models.get_model(arch)
     torch.save(model.state_dict(), tmp_path / "theirs.pth")
-    encoder, arch, stem = linear_probe.load_backbone(str(tmp_path / "theirs.pth"), arch="resnet18")
-    assert (arch, stem) == ("resnet18", "imagenet")
+    encoder, *kind = linear_probe.load_backbone(str(tmp_path / "theirs.pth"), arch)
     model.fc, x = torch.nn.Identity(), torch.randn(2, 3, 64, 64)
-    torch.testing.assert_close(encoder.eval()(x), model.eval()(x))
+    want = model.eval()(x)
+    torch.testing.assert_close(encoder.eval()(x), want)
+    assert kind == [arch, "imagenet"] and encoder.dim == want.shape[1]
+    assert common.resnet(arch, "cifar").conv1.weight.shape == (64, 3, 3, 3)
 
 
 def test_a_backbone_is_a_whole_command_and_a_second_call_does_nothing(backbone, few, monkeypatch, capsys):
@@ -122,16 +114,9 @@ def test_a_backbone_is_a_whole_command_and_a_second_call_does_nothing(backbone, 
     assert probe("--backbone", backbone) == row and "nothing left to do" in capsys.readouterr().out
 
 
-def test_a_probe_of_more_protocols_takes_the_place_of_the_row_that_had_fewer(backbone, few):
+def test_a_probe_that_dies_is_completed_and_one_of_more_protocols_takes_its_rows_place(
+        backbone, few, monkeypatch):
     """Else a table would count one backbone as two seeds."""
-    probe("--backbone", backbone, "--no-quick")
-    probe("--backbone", backbone, "--no-quick", "--epochs", 1)
-    assert [row["linear_epochs"] for row in rows_of(backbone.parent)] == [1]
-    probe("--backbone", backbone, "--no-quick", "--fraction", 0.5)
-    assert len(rows_of(backbone.parent)) == 2
-
-
-def test_a_probe_that_dies_leaves_what_it_knew_in_the_row_that_is_completed_next(backbone, few, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(linear_probe, "knn", lambda *args: 1 / 0 if 20 in args[4:] else common.knn(*args))
         with pytest.raises(ZeroDivisionError):
@@ -140,6 +125,10 @@ def test_a_probe_that_dies_leaves_what_it_knew_in_the_row_that_is_completed_next
     assert "knn_top1" in half and "knn20_top1" not in half
     row = probe("--backbone", backbone, "--no-quick")
     assert rows_of(backbone.parent) == [row] and row["knn_top1"] == half["knn_top1"] and "knn20_top1" in row
+    row = probe("--backbone", backbone, "--no-quick", "--epochs", 1)
+    assert rows_of(backbone.parent) == [row] and row["linear_epochs"] == 1 and "linear_top1" in row
+    probe("--backbone", backbone, "--no-quick", "--fraction", 0.5)
+    assert len(rows_of(backbone.parent)) == 2
 
 
 def test_held_out_never_asks_for_the_test_split_and_its_parts_are_disjoint(few):
@@ -152,7 +141,6 @@ def test_held_out_never_asks_for_the_test_split_and_its_parts_are_disjoint(few):
 
 
 def test_neighbours_are_drawn_and_no_row_is_written(backbone, few, tmp_path):
-    from PIL import Image
     probe("--backbone", backbone, "--neighbours", tmp_path / "n.png")
-    width, height = Image.open(tmp_path / "n.png").size
-    assert width > 9 * 64 and height > 9 * 64 and not (backbone.parent / "results.jsonl").exists()
+    assert min(Image.open(tmp_path / "n.png").size) > 9 * 64
+    assert not (backbone.parent / "results.jsonl").exists()

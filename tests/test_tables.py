@@ -2,6 +2,7 @@
 import json
 import math
 import shutil
+import statistics
 import subprocess
 import sys
 
@@ -32,21 +33,22 @@ def test_an_effect_is_the_mean_of_differences_within_a_seed_and_its_interval_stu
     rows = [row(seed=s, probe_top1=v) for s, v in plain.items()]
     rows += [row(seed=s, probe_top1=v, variant="simclr + fused") for s, v in fused.items()]
     rows += [row(seed=s, probe_top1=0.0, batch=32) for s in plain]  # another setting: no partner either
-    line = next(line for line in cells(tables.table(rows)) if line["variant"] == "simclr + fused")
-    d = [2.0, 1.0, 5.0]  # t of 2 degrees of freedom has a closed form: (2p - 1) sqrt(2 / (4p (1 - p)))
-    mean, t = sum(d) / 3, 0.95 * math.sqrt(2 / (4 * 0.975 * 0.025))
-    half = t * math.sqrt(sum((x - mean) ** 2 for x in d) / 2 / 3)
-    assert [float(x) for x in line["effect on probe"].split(" ± ")] == pytest.approx([mean, half], abs=0.06)
+    [line] = [line for line in cells(tables.table(rows)) if line["variant"] == "simclr + fused"]
+    # of 2, 1 and 5: Student's t of 2 degrees of freedom is 4.303
+    half = 4.303 * statistics.stdev([2, 1, 5]) / math.sqrt(3)
+    assert [float(x) for x in line["effect on probe"].split(" ± ")] == pytest.approx([8 / 3, half], abs=0.06)
     assert tables.interval([]) == "" and tables.interval([-1.0]) == "-1.0"
 
 
-def test_seeds_are_averaged_and_the_control_says_its_loss_beside_chance_for_simclr_alone():
+def test_a_line_has_the_mean_of_its_seeds_and_the_flags_that_differ_and_the_control_its_loss():
     rows = [row(seed=s, knn_top1=v) for s, v in ((0, 40.0), (1, 50.0))]
     rows += [row(variant="simclr + fusion (one), unpaired", train_loss=4.5), row(variant="moco, unpaired")]
     both, control, moco = cells(tables.table(rows))
     assert (both["seeds"], both["kNN"], both["loss (chance)"]) == ("0 1", "45.0 ± 7.1", "")
     assert control["loss (chance)"] == f"4.50 ({math.log(2 * 64 - 1):.2f})" and moco["loss (chance)"] == ""
     assert len(cells(tables.table([row(), row(epochs=3), row(split="held-out")]))) == 3
+    rows = [row(effective_lr=lr, config={"lr": lr, "wd": 0.1, "seed": n}) for n, lr in enumerate((0.1, 0.2))]
+    assert [line["flags"] for line in cells(tables.table(rows))] == ["--lr 0.1", "--lr 0.2"]
 
 
 def test_published_numbers_stand_in_italics_below_and_wrong_files_are_named(tmp_path, capsys):
@@ -56,8 +58,7 @@ def test_published_numbers_stand_in_italics_below_and_wrong_files_are_named(tmp_
         (tmp_path / "rows.jsonl").write_text(text)
         with pytest.raises(SystemExit) as end:
             tables.main(["--rows", str(tmp_path / "rows.jsonl")])
-        said = capsys.readouterr().err + str(end.value.code)
-        assert "rows.jsonl holds no result rows" in said
+        assert "rows.jsonl holds no result rows" in capsys.readouterr().err + str(end.value.code)
 
 
 @pytest.mark.skipif(not (ROOT / "results" / "README.md").exists(), reason="there is no results/README.md")
@@ -76,8 +77,3 @@ def test_every_committed_row_names_scripts_that_the_history_holds(tmp_path):
     assert tables.missing_blobs(sorted((ROOT / "results").glob("**/*.jsonl"))) == []
     (tmp_path / "rows.jsonl").write_text(json.dumps({"method": "m", "blobs": {"common.py": "0" * 40}}))
     assert tables.missing_blobs([tmp_path / "rows.jsonl"]) == ["rows.jsonl: m "]
-
-
-def test_a_flag_that_differs_between_lines_is_shown():
-    rows = [row(effective_lr=lr, config={"lr": lr, "wd": 0.1, "seed": n}) for n, lr in enumerate((0.1, 0.2))]
-    assert [line["flags"] for line in cells(tables.table(rows))] == ["--lr 0.1", "--lr 0.2"]
