@@ -4,7 +4,7 @@ for seed in 0 1 2 3 4; do
   for batch in 32 64 128; do
     for layers in 0 1; do
       out=runs/bassl-batch/b$batch-l$layers-$seed
-      python bassl.py --dataset cifar10 --limit 10000 --batch $batch --layers $layers --seed $seed --out $out
+      python bassl.py --dataset cifar10 --limit 12500 --batch $batch --layers $layers --seed $seed --out $out
       python linear_probe.py --backbone $out/backbone.pt
     done
   done

@@ -4,7 +4,7 @@ for seed in 0 1 2; do
   for framework in moco byol simsiam; do
     for layers in 0 1; do
       out=runs/bassl-plug/$framework-l$layers-$seed
-      python bassl.py --dataset cifar100 --limit 10000 --framework $framework --layers $layers \
+      python bassl.py --dataset cifar100 --limit 12500 --framework $framework --layers $layers \
         --seed $seed --out $out
       python linear_probe.py --backbone $out/backbone.pt
     done

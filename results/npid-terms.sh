@@ -3,7 +3,7 @@ set -e
 for seed in 0 1 2; do
   run() {  # run NAME FLAGS...
     out=runs/npid-terms/$1-$seed; shift
-    python npid_distill.py --dataset cifar10 --seed $seed --out $out "$@"
+    python npid_distill.py --dataset cifar10 --epochs 8 --seed $seed --out $out "$@"
     python linear_probe.py --backbone $out/backbone.pt
   }
   run 1-npid         --init random --update ema --lambda-kl 0 --cutmix 0

@@ -2,7 +2,7 @@
 set -e
 run() {  # run NAME FLAGS...
   out=runs/study/$1-$seed; shift
-  python aug_study.py --dataset cifar10 --limit 10000 --seed $seed --out $out "$@"
+  python aug_study.py --dataset cifar10 --limit 12500 --seed $seed --out $out "$@"
   python linear_probe.py --backbone $out/backbone.pt
 }
 for seed in 0 1 2; do
