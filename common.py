@@ -32,7 +32,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.transforms.v2.functional import rgb_to_grayscale
@@ -221,7 +220,8 @@ def world() -> int:
 
 
 def say(text: str) -> None:
-    """print, from process 0 alone."""
+    """print, from process 0 alone, over a line of progress if there is one."""
+    live("")
     if rank() == 0:
         print(text, flush=True)
 
@@ -933,6 +933,8 @@ def seeded(*key: int | str, device: torch.device | str = "cpu") -> torch.Generat
 
 def flops(arch: str, stem: str, size: int) -> int:
     """Floating-point operations of a forward pass of two images, counted on tensors without memory."""
+    from torch.utils.flop_counter import FlopCounterMode  # a sixth of a second that no probe needs
+
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         resnet(arch, stem)(torch.zeros(2, 3, size, size))
     return counter.get_total_flops()

@@ -97,12 +97,14 @@ def quick_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor
         x.sub_(mean).div_(std)
     order = torch.randperm(len(train_x), generator=seeded(0)).to(train_x.device)
     held, rest = order.tensor_split([max(1, len(order) // 10)])
+    fit_x, fit_y = train_x[rest], train_y[rest]  # copied once for all six
 
     def held_out(l2: float) -> float:
-        head = fit_logistic(train_x[rest], train_y[rest], classes, l2)
+        head = fit_logistic(fit_x, fit_y, classes, l2)
         return accuracy(head(train_x[held]), train_y[held])
 
     best = max([10.0**-d for d in range(6)], key=held_out)
+    del fit_x
     return accuracy(fit_logistic(train_x, train_y, classes, best)(test_x), test_y)
 
 
@@ -173,9 +175,9 @@ def load_backbone(path: str, arch: str | None = None, stem: str = "auto") -> tup
     state = {key: value for key, value in loaded.items() if key not in ("fc.weight", "fc.bias")}
     wrong = [f"missing {key}" for key in own if key not in state]
     wrong += [f"unexpected {key}" for key in state if key not in own]
-    for key in [key for key in own if key in state]:
-        shape, want = tuple(getattr(state[key], "shape", ())), tuple(own[key].shape)
-        if shape != want:
+    for key, value in own.items():
+        shape, want = tuple(getattr(state.get(key), "shape", ())), tuple(value.shape)
+        if key in state and shape != want:
             wrong.append(f"{key} of shape {shape}, not {want}")
     if wrong:
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
