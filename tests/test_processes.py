@@ -1,5 +1,4 @@
 """Two processes under torchrun against one with the same global batch: losses, parameters, bank, queue."""
-import functools
 import json
 import os
 import subprocess
@@ -28,18 +27,47 @@ RUNS = {name: (script, flags + ALIKE[script]) for name, (script, flags) in METHO
 RUNS["npid sampled"] = npid_distill, "--dim 16 --negatives 12 --cutmix 0"
 
 
+class Total(torch.autograd.Function):
+    """The sum over the processes; each has the gradient of the one loss through its own use of the sum."""
+
+    @staticmethod
+    def forward(ctx, x):
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    backward = forward
+
+
+class WholeNorm(torch.nn.modules.batchnorm._BatchNorm):
+    """Batch norm over the batches of all processes, which torch has on GPUs alone."""
+
+    def forward(self, x):
+        axes, shape = [a for a in range(x.ndim) if a != 1], [1, -1, *[1] * (x.ndim - 2)]
+        mean, var = self.running_mean, self.running_var
+        if self.training:
+            count = x.numel() // x.shape[1] * common.world()
+            mean = Total.apply(x.sum(axes)) / count
+            var = Total.apply((x - mean.view(shape)).square().sum(axes)) / count
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.detach(), self.momentum)
+            self.running_var.lerp_(var.detach() * count / (count - 1), self.momentum)
+        x = (x - mean.view(shape)) / (var + self.eps).sqrt().view(shape)
+        return x * self.weight.view(shape) + self.bias.view(shape)
+
+
 def train_all(folder):
     """Every run, as one of the job's processes, which draws weights, queue and bank of its own.
 
-    In float64: in float32 rounding noise would hide a wrong gradient. Norms are of a sample: on CPUs those of
-    a batch see a process's own part, and on GPUs torch's SyncBatchNorm makes them see all.
+    In float64: in float32 rounding noise would hide a wrong gradient.
     """
     torch.float32, torch.Tensor.float = torch.float64, torch.Tensor.double
     torch.set_default_dtype(torch.float64)
     seed, seeded = torch.manual_seed, common.seeded
     torch.manual_seed = lambda number: seed(number + common.rank())
     common.seeded = lambda *key, **at: seeded(*key, *[common.rank()] * (key[0] == "bank"), **at)
-    torch.nn.BatchNorm1d, torch.nn.BatchNorm2d = torch.nn.LayerNorm, functools.partial(torch.nn.GroupNorm, 4)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        torch.nn.BatchNorm1d = torch.nn.BatchNorm2d = WholeNorm
     common.resnet = Small
     for name, (script, flags) in RUNS.items():
         script.train(parsed(script, *STEPS, *flags.split(), "--out", f"{folder}/{name}"))
