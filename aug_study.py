@@ -469,24 +469,41 @@ def effects(accuracy: dict[tuple[Cell, int], float]) -> list[dict]:
     return rows
 
 
-def print_effects(path: str) -> None:
-    """The effects of a study's rows on probe_top1 as a Markdown table, mean ± deviation over seeds."""
+# Student's t, 97.5 %, by degrees of freedom; the last one for more.
+T_975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+
+
+def study_effects(path: str) -> list[dict]:
+    """The effects on probe_top1 that the rows of a .jsonl file tell. mean: over seeds; half: of the width of
+    its 95 % interval by Student's t, None for one seed. UsageError where the file holds no study's rows."""
     from common import UsageError
 
     try:
         rows = [json.loads(line) for line in pathlib.Path(path).read_text().splitlines()]
-        rows = [row for row in rows if row["fraction"] == 1 and row["split"] == "test"]
+        rows = [row for row in rows if row["split"] == "test"]
         accuracy = {(cell_of(row["config"]), row["seed"]): row["probe_top1"] for row in rows}
         if len(accuracy) < len(rows):
             raise ValueError("several rows of one cell and seed")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"--effects {path}: no rows of a study ({error})") from None
-    print("| factor | effect, points | pairs x seeds | published |\n|---|---|---|---|")
-    for row in effects(accuracy):
-        values = row["per_seed"]
-        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        effect, counts = f"{statistics.mean(values):+.2f}{spread}", f"{row['pairs']} x {len(values)}"
-        print(f"| {row['factor']} | {effect} | {counts} | {row['published']} |")
+    found = effects(accuracy)
+    for row in found:
+        values, row["half"] = row["per_seed"], None
+        row["mean"] = statistics.mean(values)
+        if len(values) > 1:
+            t = T_975[min(len(values) - 2, len(T_975) - 1)]
+            row["half"] = t * statistics.stdev(values) / math.sqrt(len(values))
+    return found
+
+
+def effects_table(path: str) -> str:
+    """The same as a Markdown table, beside the published effects."""
+    lines = ["| factor | effect, points (95 %) | pairs x seeds | published |", "|---|---|---|---|"]
+    for row in study_effects(path):
+        spread = "" if row["half"] is None else f" ± {row['half']:.1f}"
+        counts = f"{row['pairs']} x {len(row['per_seed'])}"
+        lines.append(f"| {row['factor']} | {row['mean']:+.1f}{spread} | {counts} | {row['published']} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
@@ -494,4 +511,4 @@ if __name__ == "__main__":
 
     with one_line_errors():
         cfg = parse(Config, __doc__, recipes=RECIPES, by="methods")
-        print_effects(cfg.effects) if cfg.effects else train(cfg)
+        print(effects_table(cfg.effects)) if cfg.effects else train(cfg)

@@ -1,6 +1,7 @@
 """Result rows -> Markdown tables, beside the published numbers. Every table of this repo is made here.
 
     python results/tables.py NAME            # the rows below runs/NAME -> results/NAME.jsonl and a table
+    python results/tables.py NAME FOLDER...  # the same of the rows below these folders
     python results/tables.py --rows FILE...  # print the table of these results.jsonl files
     python results/tables.py --check         # every committed row's scripts are in the history, as they were
     python results/tables.py --readme        # write results/README.md from the committed rows
@@ -9,6 +10,7 @@ A line is one run, or runs that differ in the seed alone: mean ± standard devia
 plain method + something, `effect` is the mean of the differences to the plain one, seed by seed, with a 95 %
 interval (Student's t over seeds).
 """
+import hashlib
 import json
 import math
 import pathlib
@@ -33,8 +35,10 @@ TABLES = {
     "bassl-plug": ("BA-SSL in front of other frameworks", "Published: up to +1.25 on ImageNet-100."),
     "npid-terms": ("NPID, term by term", "Each line adds one term to the line above it."),
     "npid-moco": ("NPID against MoCo v2", "Over shares of the images and over networks."),
+    "npid-long": ("NPID against MoCo v2, longer", "Half an hour of one thread each, on the same images: "
+                  "accuracy over minutes."),
     "published": ("Full size", "The recipes of the papers and peers."),
-    "study": ("The study", "Its main effects: `python aug_study.py --effects results/study.jsonl`."),
+    "study": ("The study", "Augmentations against algorithms: every cell, and the main effects below."),
 }
 
 # Published numbers: (source, metric) -> data set -> percent by method.
@@ -91,6 +95,11 @@ def group(rows: list[dict], keys: tuple) -> dict[tuple, list[dict]]:
     return groups
 
 
+def lines_of(rows: list[dict]) -> list[list[dict]]:
+    """The rows of each line of a table: runs that differ in the seed alone."""
+    return list(group(rows, (*SETTINGS, "method", "variant", "flags")).values())
+
+
 def spread(values: list[float], digits: int = 1) -> str:
     """Mean, with ± the standard deviation where there are several."""
     values = [value for value in values if value is not None]
@@ -102,13 +111,15 @@ def spread(values: list[float], digits: int = 1) -> str:
 
 def interval(differences: list[float]) -> str:
     """Mean of paired differences with the half width of its 95 % interval; without one for a single pair."""
-    if not differences:
-        return ""
-    text = f"{statistics.mean(differences):+.1f}"
-    if len(differences) > 1:
-        t = T_975[min(len(differences) - 2, len(T_975) - 1)]
-        text += f" ± {t * statistics.stdev(differences) / math.sqrt(len(differences)):.1f}"
-    return text
+    if len(differences) < 2:
+        return "".join(f"{value:+.1f}" for value in differences)
+    return "{:+.1f} ± {:.1f}".format(*mean_and_half(differences))
+
+
+def mean_and_half(values: list[float]) -> tuple[float, float]:
+    """The mean of two or more values, and half the width of its 95 % interval by Student's t."""
+    t = T_975[min(len(values) - 2, len(T_975) - 1)]
+    return statistics.mean(values), t * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def markdown(lines: list[dict]) -> str:
@@ -153,20 +164,28 @@ def varied(row: dict, rows: list[dict]) -> str:
     return " ".join(f"--{name.replace('_', '-')} {row['config'][name]}" for name in names)
 
 
+def differences(same: list[dict], rows: list[dict]) -> list[float]:
+    """The probe of the runs of a line minus that of the plain method among rows, same settings, same seed."""
+    base, keys = same[0]["variant"].split(" + ")[0], (*SETTINGS, "seed", "variant")
+    if base == same[0]["variant"] or "unpaired" in same[0]["variant"]:
+        return []
+    plain = group(rows, keys)
+    pairs = [(row, plain.get((*(row.get(key) for key in keys[:-1]), base), [{}])[0]) for row in same]
+    return [a["probe_top1"] - b["probe_top1"] for a, b in pairs if {"probe_top1"} <= a.keys() & b.keys()]
+
+
 def table(rows: list[dict]) -> str:
     """One Markdown table a data set, the published numbers of its methods in italics below."""
-    text, settings = [], (*SETTINGS, "seed")
+    text = []
     rows = sorted(rows, key=lambda row: row["method"] != "random")  # the untrained network first
     for (dataset,), part in group(rows, ("dataset",)).items():
-        plain = {key: same[0] for key, same in group(part, (*settings, "variant")).items()}
         lines = []
-        for same in group(part, (*SETTINGS, "method", "variant", "flags")).values():
-            line, base = table_line(same), same[0]["variant"].split(" + ")[0]
+        for same in lines_of(part):
+            line = table_line(same)
             line["flags"] = varied(same[0], part)
-            if base != same[0]["variant"] and "unpaired" not in same[0]["variant"]:
-                pairs = [(r, plain.get((*(r.get(key) for key in settings), base))) for r in same]
-                pairs = [(r, b) for r, b in pairs if b and {"probe_top1"} <= r.keys() & b.keys()]
-                line["effect on probe"] = interval([r["probe_top1"] - b["probe_top1"] for r, b in pairs])
+            line["effect on probe"] = interval(differences(same, part))
+            if len({row["sha"] for row in rows if "sha" in row}) > 1:
+                line["commit"] = " ".join(dict.fromkeys(row["sha"][:7] for row in same))
             lines.append(line)
         tested = [row for row in part if row["split"] == "test"]
         names = {word for row in tested for word in (row["method"], row["variant"].split(" ")[0].rstrip(","))}
@@ -192,6 +211,37 @@ def missing_blobs(paths: list[pathlib.Path]) -> list[str]:
     return bad
 
 
+def older_rows(paths: list[pathlib.Path]) -> list[str]:
+    """How many rows of each file were made by scripts that have changed since, if only in wording."""
+    text = []
+    for path in paths:
+        rows, older = [json.loads(line) for line in path.read_text().splitlines()], 0
+        for blobs in (row["blobs"] for row in rows):
+            data = {name: (ROOT / name).read_bytes() for name in blobs if (ROOT / name).exists()}
+            now = {name: hashlib.sha1(b"blob %d\0" % len(d) + d).hexdigest() for name, d in data.items()}
+            older += now != blobs
+        if older:
+            text.append(f"{path.name}: {older} of {len(rows)} rows are of older scripts")
+    return text
+
+
+def study():
+    """The script of the study, which knows its factors."""
+    sys.path.append(str(ROOT))
+    import aug_study
+    return aug_study
+
+
+def collect(name: str, folders: list[str]) -> None:
+    """The rows of all results.jsonl below the folders -> results/NAME.jsonl, and their table."""
+    paths = [path for folder in folders for path in sorted(pathlib.Path(folder).glob("**/results.jsonl"))]
+    rows = [line for path in paths for line in path.read_text().splitlines()]
+    if not rows:
+        fail(f"no results.jsonl below {' '.join(folders)}")
+    (HERE / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+    print(table(read_rows([HERE / f"{name}.jsonl"])))
+
+
 def write_readme() -> None:
     """results/README.md: every table with its sentence and the command that makes it."""
     text = ["# Results", "",
@@ -205,6 +255,10 @@ def write_readme() -> None:
             rows = read_rows([path])
             made = f"`make {name}`; {rows[-1]['device']}."
             text += [f"## {title}", "", sentence, "", made, "", table(rows)]
+            if name == "study":
+                text += ["Its main effects on the probe:", "", study().effects_table(str(path)), ""]
+            if (HERE / f"{name}.png").exists():
+                text += [f"![{title}]({name}.png)", ""]
     for path in sorted((HERE / "bench").glob("*.jsonl")):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         made = "`{command}`; {device}, {precision}.".format(**rows[0])
@@ -219,21 +273,19 @@ def main(argv: list[str]) -> None:
     if argv[:1] == ["--rows"] and argv[1:]:
         print(table(read_rows([pathlib.Path(path) for path in argv[1:]])))
     elif argv == ["--check"]:
-        bad = missing_blobs(sorted(HERE.glob("**/*.jsonl")))
+        paths = sorted(HERE.glob("**/*.jsonl"))
+        bad = missing_blobs(paths)
+        print("\n".join(older_rows(paths)))
         sys.exit("rows of scripts that the history does not hold:\n" + "\n".join(bad) if bad else 0)
     elif argv == ["--help"]:
         print(__doc__)
     elif argv == ["--readme"]:
         write_readme()
-    elif len(argv) == 1 and argv[0] in TABLES:
-        paths = sorted(pathlib.Path("runs", argv[0]).glob("**/results.jsonl"))
-        rows = [line for path in paths for line in path.read_text().splitlines()]
-        if not rows:
-            fail(f"no results.jsonl below runs/{argv[0]}")
-        (HERE / f"{argv[0]}.jsonl").write_text("\n".join(rows) + "\n")
-        print(table(read_rows([HERE / f"{argv[0]}.jsonl"])))
+    elif argv and argv[0] in TABLES:
+        collect(argv[0], argv[1:] or [f"runs/{argv[0]}"])
     else:
-        fail(f"want NAME, --rows FILE..., --check or --readme; NAME is one of {', '.join(TABLES)}")
+        names = ", ".join(TABLES)
+        fail(f"want NAME [FOLDER...], --rows FILE..., --check or --readme; NAME is one of {names}")
 
 
 if __name__ == "__main__":

@@ -160,11 +160,12 @@ def test_the_effects_of_a_file_of_rows_are_a_table_and_of_another_file_an_error(
              "fraction": 1.0, "split": "test"} for augs, seed, value in runs]
     study.write_text("".join(json.dumps(row) + "\n" for row in rows))
     printed = run_script("aug_study.py", "--effects", study)
-    assert "| BYOL's augmentations over SimCLR's | +2.50 ± 0.71 | 1 x 2 | +2.3 |" in printed.splitlines()
+    # of 3 and 2: t of one degree of freedom is 12.71, the deviation over the root of 2 is a half
+    assert "| BYOL's augmentations over SimCLR's | +2.5 ± 6.4 | 1 x 2 | +2.3 |" in printed.splitlines()
     for text in ("words", '{"seed": 0}', json.dumps(rows[0] | {"config": {"framework": "simclr"}})):
         study.write_text(text)
         with pytest.raises(common.UsageError, match="study.jsonl: no rows of a study"):
-            aug_study.print_effects(str(study))
+            aug_study.effects_table(str(study))
 
 
 def test_a_switched_run_pairs_with_a_methods_own_row():

@@ -1,0 +1,78 @@
+"""Committed rows -> results/*.png, for the tables that people would rather look at.
+
+    python results/plots.py        # needs matplotlib, which nothing else here does
+"""
+import pathlib
+
+from matplotlib import pyplot as plt
+
+import tables
+from tables import HERE, differences, group, lines_of, mean_and_half, read_rows
+
+
+def panels(count: int, **labels):
+    """A figure of panels side by side."""
+    figure, [row] = plt.subplots(1, count, figsize=(4.2 * count, 3.2), squeeze=False)
+    for panel in row:
+        panel.set(**labels)
+        panel.grid(alpha=0.3)
+    return figure, row
+
+
+def draw_npid_long(path: pathlib.Path):
+    """Online kNN over minutes and over epochs, a line a run."""
+    sets = group(read_rows([path]), ("dataset",))
+    figure, row = panels(2 * len(sets), ylabel="online kNN, %")
+    for n, ((dataset,), part) in enumerate(sets.items()):
+        by_minutes, by_epochs = row[2 * n:2 * n + 2]
+        by_minutes.set(title=dataset, xlabel="minutes of one thread")
+        by_epochs.set(title=dataset, xlabel="epochs")
+        for same in lines_of(part):
+            colour, name = ("C1", "NPID") if same[0]["method"] == "npid_distill" else ("C0", "MoCo v2")
+            label = f"{name}, {same[0]['images']:,} images"
+            for run in same:
+                minutes, epochs, knn = zip(*run["curve"])
+                by_minutes.plot(minutes, knn, colour, label=label)
+                by_epochs.plot(epochs, knn, colour)
+                label = None  # once a line of the table
+        by_minutes.legend()
+    return figure
+
+
+def draw_bassl_batch(path: pathlib.Path):
+    """The fusion's effect over the batch, with its 95 % interval over seeds."""
+    rows = read_rows([path])
+    figure, [panel] = panels(1, xlabel="batch", ylabel="BA-SSL - SimCLR, points of probe")
+    for same in lines_of(rows):
+        effects = differences(same, rows)
+        if len(effects) > 1:
+            mean, half = mean_and_half(effects)
+            panel.errorbar(str(same[0]["batch"]), mean, half, fmt="C0o", capsize=4)
+    panel.axhline(0, color="0.5")
+    return figure
+
+
+def draw_study(path: pathlib.Path):
+    """The study's effects with their 95 % intervals, beside the published ones."""
+    found = tables.study().study_effects(str(path))[::-1]
+    figure, [panel] = panels(1, xlabel="points of probe")
+    places = range(len(found))
+    panel.errorbar([row["mean"] for row in found], places, xerr=[row["half"] for row in found],
+                   fmt="C0o", capsize=4, label="here, 95 % over seeds")
+    known = [(float(row["published"]), place) for place, row in zip(places, found) if row["published"]]
+    panel.plot(*zip(*known), "C1D", label="published, full size")
+    panel.set_yticks(places, [row["factor"] for row in found])
+    panel.axvline(0, color="0.5")
+    panel.legend()
+    figure.set_size_inches(8, 4)
+    return figure
+
+
+if __name__ == "__main__":
+    for draw in (draw_npid_long, draw_bassl_batch, draw_study):
+        name = draw.__name__.removeprefix("draw_").replace("_", "-")
+        if (HERE / f"{name}.jsonl").exists():
+            figure = draw(HERE / f"{name}.jsonl")
+            figure.tight_layout()
+            figure.savefig(HERE / f"{name}.png", dpi=90)
+            print(f"wrote {HERE / name}.png")
