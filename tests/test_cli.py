@@ -146,11 +146,23 @@ def make(*words, cwd=ROOT):
     return done.stdout
 
 
-def test_the_commands_of_make_and_of_docstrings_are_well_formed():
+@pytest.fixture(scope="module")
+def listed(tmp_path_factory):
+    """The commands that results/*.sh give to python."""
+    folder = tmp_path_factory.mktemp("stub")
+    stub = folder / "python"
+    stub.write_text("#!/bin/bash\nprintf '%q ' python \"$@\"\necho\n")
+    stub.chmod(0o755)
+    path = f"{folder}:{os.environ['PATH']}"
+    return [subprocess.run(["bash", script], env={"PATH": path}, cwd=folder, capture_output=True, text=True,
+                           check=True).stdout for script in sorted((ROOT / "results").glob("*.sh"))]
+
+
+def test_the_commands_of_make_of_docstrings_and_of_the_tables_are_well_formed(listed):
     texts = [make("-n", "cifar10", "PYTHON=python", f"METHODS=bassl npid {' '.join(aug_study.METHODS)}")]
     texts += [script.__doc__ for script in SCRIPTS]
     seen = set()
-    for words in [*TYPED, *(words for text in texts for words in commands(text))]:
+    for words in [*TYPED, *(words for text in [*texts, *listed] for words in commands(text))]:
         script, flags = taken_apart(words)
         seen.add(script)
         if script == "linear_probe.py":
