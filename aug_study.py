@@ -64,6 +64,8 @@ RECIPES = {
     # Rates where another than 0.004 was better in a short sweep on held-out images: results/rates.sh.
     "small moco": dict(lr=0.002, temperature=0.1, momentum_end=0.99),
     "small simsiam": dict(lr=0.002),
+    "small barlow": dict(lr=0.002),
+    "small vicreg": dict(lr=0.001),
     "cifar moco": dict(temperature=0.1, momentum_end=0.99),       # lightly
     "cifar simsiam": dict(lr=0.03),                               # Chen & He 2021, D; lightly: 0.06 at 512
     "imagenet moco": dict(optimizer="sgd", momentum_end=0.999),   # solo-learn, and so on
