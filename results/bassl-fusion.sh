@@ -3,7 +3,7 @@
 set -e
 run() {  # run NAME FLAGS...
   out=runs/bassl-fusion/$1; shift
-  python bassl.py --dataset cifar10 --recipe small --limit 12500 --knn-every 0 --out $out "$@"
+  python bassl.py --dataset cifar10 --recipe small --limit 5000 --epochs 5 --knn-every 0 --out $out "$@"
   python linear_probe.py --backbone $out/backbone.pt --fraction 0.1
 }
 for seed in 0 1 2; do

@@ -5,8 +5,8 @@ for seed in 0 1 2; do
   for framework in moco byol simsiam; do
     for layers in 0 1; do
       out=runs/bassl-plug/$framework-l$layers-$seed
-      python bassl.py --dataset cifar100 --recipe small --limit 12500 --knn-every 0 --framework $framework \
-        --layers $layers --seed $seed --out $out
+      python bassl.py --dataset cifar100 --recipe small --limit 5000 --epochs 5 --knn-every 0 \
+        --framework $framework --layers $layers --seed $seed --out $out
       python linear_probe.py --backbone $out/backbone.pt --fraction 0.1
     done
   done

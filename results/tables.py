@@ -30,6 +30,8 @@ TABLES = {
               "judged on held-out training images; one seed."),
     "rates": ("Rates of the small recipe", "64 steps a method (NPID 120), on held-out images; one seed."),
     "methods": ("Methods", "The small recipe as it stands."),
+    "bassl-look": ("Which fusion by default", "On held-out training images at batch 64; kinds that bassl.py does "
+                   "not have stand in the commit of their row."),
     "bassl-batch": ("BA-SSL over batch size", "Fusion against the plain framework at equal images."),
     "bassl-fusion": ("Kinds of fusion", "Real pairs; and unpaired ones, whose loss must stay at chance."),
     "bassl-plug": ("BA-SSL in front of other frameworks", "Published: up to +1.25 on ImageNet-100."),
