@@ -6,9 +6,9 @@
     python results/tables.py --check         # every committed row's scripts are in the history, as they were
     python results/tables.py --readme        # write results/README.md from the committed rows
 
-A line is one run, or runs that differ in the seed alone: mean ± standard deviation. Where the variant is a
-plain method + something, `effect` is the mean of the differences to the plain one, seed by seed, with a 95 %
-interval (Student's t over seeds).
+A line is one run, or runs that differ in the seed alone: mean ± standard deviation. Where the variant is
+something + a term, `effect` is the mean of the differences to the runs without this last term, seed by seed,
+with a 95 % interval (Student's t over seeds).
 """
 import hashlib
 import json
@@ -30,8 +30,8 @@ TABLES = {
               "judged on held-out training images; one seed."),
     "rates": ("Rates of the small recipe", "64 steps a method (NPID 120), on held-out images; one seed."),
     "methods": ("Methods", "The small recipe as it stands."),
-    "bassl-look": ("Which fusion by default", "On held-out training images at batch 64; kinds that bassl.py does "
-                   "not have stand in the commit of their row."),
+    "bassl-look": ("Which fusion by default", "On held-out training images; a kind that bassl.py does not have "
+                   "stands in the commit of its row."),
     "bassl-batch": ("BA-SSL over batch size", "Fusion against the plain framework at equal images."),
     "bassl-fusion": ("Kinds of fusion", "Real pairs; and unpaired ones, whose loss must stay at chance."),
     "bassl-plug": ("BA-SSL in front of other frameworks", "Published: up to +1.25 on ImageNet-100."),
@@ -167,12 +167,13 @@ def varied(row: dict, rows: list[dict]) -> str:
 
 
 def differences(same: list[dict], rows: list[dict]) -> list[float]:
-    """The probe of the runs of a line minus that of the plain method among rows, same settings, same seed."""
-    base, keys = same[0]["variant"].split(" + ")[0], (*SETTINGS, "seed", "variant")
-    if base == same[0]["variant"] or "unpaired" in same[0]["variant"]:
+    """The probe of the runs of a line minus that of rows without its last term, same settings, same seed."""
+    base, _, term = same[0]["variant"].rpartition(" + ")
+    if not base or "unpaired" in term:
         return []
-    plain = group(rows, keys)
-    pairs = [(row, plain.get((*(row.get(key) for key in keys[:-1]), base), [{}])[0]) for row in same]
+    keys = (*SETTINGS, "seed", "variant")
+    others = group(rows, keys)
+    pairs = [(row, others.get((*(row.get(key) for key in keys[:-1]), base), [{}])[0]) for row in same]
     return [a["probe_top1"] - b["probe_top1"] for a, b in pairs if {"probe_top1"} <= a.keys() & b.keys()]
 
 
