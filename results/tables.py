@@ -30,7 +30,7 @@ TABLES = {
               "judged on held-out training images; one seed."),
     "rates": ("Rates of the small recipe", "64 steps a method (NPID 120), on held-out images; one seed."),
     "methods": ("Methods", "The small recipe as it stands."),
-    "bassl-look": ("Which fusion by default", "On held-out training images; a kind that bassl.py does not have "
+    "bassl-look": ("Which fusion by default", "On held-out training images; a kind that bassl.py has no more "
                    "stands in the commit of its row."),
     "bassl-batch": ("BA-SSL over batch size", "Fusion against the plain framework at equal images."),
     "bassl-fusion": ("Kinds of fusion", "Real pairs; and unpaired ones, whose loss must stay at chance."),
