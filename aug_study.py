@@ -477,6 +477,12 @@ def effects(accuracy: dict[tuple[Cell, int], float]) -> list[dict]:
 T_975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 
+def mean_and_half(values: list[float]) -> tuple[float, float]:
+    """The mean of two or more values, and half the width of its 95 % interval by Student's t."""
+    t = T_975[min(len(values) - 2, len(T_975) - 1)]
+    return statistics.mean(values), t * statistics.stdev(values) / math.sqrt(len(values))
+
+
 def study_effects(path: str) -> list[dict]:
     """The effects on probe_top1 that the rows of a .jsonl file tell. mean: over seeds; half: of the width of
     its 95 % interval by Student's t, None for one seed. UsageError where the file holds no study's rows."""
@@ -492,11 +498,8 @@ def study_effects(path: str) -> list[dict]:
         raise UsageError(f"--effects {path}: no rows of a study ({error})") from None
     found = effects(accuracy)
     for row in found:
-        values, row["half"] = row["per_seed"], None
-        row["mean"] = statistics.mean(values)
-        if len(values) > 1:
-            t = T_975[min(len(values) - 2, len(T_975) - 1)]
-            row["half"] = t * statistics.stdev(values) / math.sqrt(len(values))
+        values = row["per_seed"]
+        row["mean"], row["half"] = mean_and_half(values) if len(values) > 1 else (values[0], None)
     return found
 
 

@@ -6,8 +6,7 @@ import pathlib
 
 from matplotlib import pyplot as plt
 
-import tables
-from tables import HERE, differences, group, lines_of, mean_and_half, read_rows
+from tables import HERE, differences, group, lines_of, read_rows, study
 
 
 def panels(count: int, **labels):
@@ -46,7 +45,7 @@ def draw_bassl_batch(path: pathlib.Path):
     for same in lines_of(rows):
         effects = differences(same, rows)
         if len(effects) > 1:
-            mean, half = mean_and_half(effects)
+            mean, half = study().mean_and_half(effects)
             panel.errorbar(str(same[0]["batch"]), mean, half, fmt="C0o", capsize=4)
     panel.axhline(0, color="0.5")
     return figure
@@ -54,7 +53,7 @@ def draw_bassl_batch(path: pathlib.Path):
 
 def draw_study(path: pathlib.Path):
     """The study's effects with their 95 % intervals, beside the published ones."""
-    found = tables.study().study_effects(str(path))[::-1]
+    found = study().study_effects(str(path))[::-1]
     figure, [panel] = panels(1, xlabel="points of probe")
     places = range(len(found))
     panel.errorbar([row["mean"] for row in found], places, xerr=[row["half"] for row in found],

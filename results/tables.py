@@ -10,7 +10,6 @@ A line is one run, or runs that differ in the seed alone: mean ± standard devia
 something + a term, `effect` is the mean of the differences to the runs without this last term, seed by seed,
 with a 95 % interval (Student's t over seeds).
 """
-import hashlib
 import json
 import math
 import pathlib
@@ -20,6 +19,7 @@ import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
+sys.path.append(str(ROOT))
 
 # Name of results/NAME.sh, or a data set's make target -> title, one sentence.
 TABLES = {
@@ -66,7 +66,6 @@ SETTINGS = ("dataset", "pretrained_on", "arch", "stem", "size", "view", "images"
             "effective_lr", "split", "fraction", "device")
 COLUMNS = ("batch", "epochs", "limit", "view", "arch", "stem", "size")  # flags with a column of their own
 ANY = ("seed", "out", "data", "cache", "workers", "device", "save_every", "minutes", "knn_every")
-T_975 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]  # Student's t, 97.5 %, by degrees of freedom
 
 
 def fail(text: str) -> None:
@@ -115,13 +114,7 @@ def interval(differences: list[float]) -> str:
     """Mean of paired differences with the half width of its 95 % interval; without one for a single pair."""
     if len(differences) < 2:
         return "".join(f"{value:+.1f}" for value in differences)
-    return "{:+.1f} ± {:.1f}".format(*mean_and_half(differences))
-
-
-def mean_and_half(values: list[float]) -> tuple[float, float]:
-    """The mean of two or more values, and half the width of its 95 % interval by Student's t."""
-    t = T_975[min(len(values) - 2, len(T_975) - 1)]
-    return statistics.mean(values), t * statistics.stdev(values) / math.sqrt(len(values))
+    return "{:+.1f} ± {:.1f}".format(*study().mean_and_half(differences))
 
 
 def markdown(lines: list[dict]) -> str:
@@ -216,21 +209,20 @@ def missing_blobs(paths: list[pathlib.Path]) -> list[str]:
 
 def older_rows(paths: list[pathlib.Path]) -> list[str]:
     """How many rows of each file were made by scripts that have changed since, if only in wording."""
-    text = []
+    names, text = sorted(path.name for path in ROOT.glob("*.py")), []
+    hashes = subprocess.run(["git", "hash-object", "--no-filters", *names], cwd=ROOT, capture_output=True,
+                            text=True, check=True)
+    now = set(zip(names, hashes.stdout.split()))
     for path in paths:
-        rows, older = [json.loads(line) for line in path.read_text().splitlines()], 0
-        for blobs in (row["blobs"] for row in rows):
-            data = {name: (ROOT / name).read_bytes() for name in blobs if (ROOT / name).exists()}
-            now = {name: hashlib.sha1(b"blob %d\0" % len(d) + d).hexdigest() for name, d in data.items()}
-            older += now != blobs
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        older = sum(not now >= {*row["blobs"].items()} for row in rows)
         if older:
             text.append(f"{path.name}: {older} of {len(rows)} rows are of older scripts")
     return text
 
 
 def study():
-    """The script of the study, which knows its factors."""
-    sys.path.append(str(ROOT))
+    """The script of the study, which knows its factors; imported where it is needed, as it brings torch."""
     import aug_study
     return aug_study
 
@@ -278,7 +270,8 @@ def main(argv: list[str]) -> None:
     elif argv == ["--check"]:
         paths = sorted(HERE.glob("**/*.jsonl"))
         bad = missing_blobs(paths)
-        print("\n".join(older_rows(paths)))
+        for line in older_rows(paths):
+            print(line)
         sys.exit("rows of scripts that the history does not hold:\n" + "\n".join(bad) if bad else 0)
     elif argv == ["--help"]:
         print(__doc__)
