@@ -45,7 +45,7 @@ class Config:
     patch: int = 0               # pixels of a patch's side, 0 = an eighth of the view or less; ours
     kernel: int = 1              # side of the convolution over (patches, values), odd; ours
     fuse: Literal["shuffled", "one", "adversarial", "plain", "partner", "shared"] = "adversarial"  # see above
-    gate: float = 0.0            # hold the gates at this value; 0 = learned from 0 (adversarial: 0.15); ours
+    gate: float = 0.0            # hold the gates at this value; 0 = learned, or 0.15 (last three kinds)
     reduce: int = 0              # channels of the batch axis between two convolutions; 0 = one convolution
     ramp: bool = False           # the held gates grow from 0 with the steps
     unpaired: bool = False       # control: the second view is of another image, only a shortcut can help
@@ -121,6 +121,7 @@ class BatchFusion(nn.Module):
         if kernel % 2 == 0:
             raise ValueError(f"kernel {kernel} is even: the output would not have {image_size} pixels")
         self.batch, self.image_size, self.patch = batch, image_size, patch
+
         def conv(a, b):
             return nn.Conv2d(a, b, kernel, padding=kernel // 2, bias=False)
 
@@ -336,6 +337,8 @@ def train(cfg) -> None:
     """One pretraining run, start to finish; cfg as common.parse(Config, ...) gives it."""
     from common import BatchAugment, Run, UsageError, gather, resnet, save_grid
 
+    if cfg.fuse == "shared" and cfg.framework != "simclr":
+        raise UsageError(f"--fuse shared: its target is written for simclr, not for {cfg.framework}")
     held = cfg.gate or 0.15 * (cfg.fuse in ("adversarial", "partner", "shared"))
     run = Run(cfg, "bassl", name_variant(cfg, held))
     encoder = resnet(cfg.arch, run.stem)
