@@ -1,5 +1,6 @@
-# The small recipe as it stands on CIFAR-10: an untrained network and five methods, three seeds; the runs of
-# the first seed are make cifar10's.
+# An untrained network and five methods, three seeds: the small recipe as it stands on CIFAR-10 (the runs of
+# the first seed are make cifar10's), and cells on CIFAR-100: SimCLR and NPID train for five minutes of one
+# thread; probes on a tenth of the labels.
 set -e
 for seed in 0 1 2; do
   out=runs/methods/seed-$seed
@@ -13,5 +14,19 @@ for seed in 0 1 2; do
   for method in simclr bassl-moco bassl-byol bassl npid; do
     python linear_probe.py --backbone $out/$method/backbone.pt
   done
+done
+cell() {  # cell NAME SCRIPT FLAGS...
+  out=runs/methods/cifar100-$1-$seed; shift
+  python "$@" --dataset cifar100 --recipe small --knn-every 0 --seed $seed --out $out
+  python linear_probe.py --backbone $out/backbone.pt --fraction 0.1
+}
+for seed in 0 1 2; do
+  python linear_probe.py --random --dataset cifar100 --fraction 0.1 --seed $seed \
+    --out runs/methods/cifar100-random-$seed
+  cell simclr bassl.py --limit 12500 --layers 0
+  cell moco   bassl.py --limit 12500 --layers 0 --framework moco
+  cell byol   bassl.py --limit 12500 --layers 0 --framework byol
+  cell bassl  bassl.py --limit 12500
+  cell npid   npid_distill.py --epochs 8
 done
 python results/tables.py methods runs/methods runs/cifar10
