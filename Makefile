@@ -15,8 +15,6 @@ ENV    := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/installed)
 # Where there is no GPU, two runs side by side on half of the cores each end sooner than one after the other.
 SIDE   := $(if $(shell command -v nvidia-smi),1,2)
 HALF   := $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$(( cores > $(SIDE) ? cores / $(SIDE) : 1 )))
-# The longest pretraining first, so that both halves end at about the same time.
-LONGEST = $(filter npid,$(METHODS)) $(filter-out npid,$(METHODS))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test test-1 test-2 soak bench demo force $(SETS) $(TABLES)
@@ -44,7 +42,7 @@ setup: $(ENV)
 demo: shapes
 $(SETS): $(ENV)
 	+@OMP_NUM_THREADS=$(HALF) $(MAKE) --no-print-directory -j$(SIDE) \
-	  $(LONGEST:%=$(OUT)/$@/%/probed) $(OUT)/$@/random/probed
+	  $(METHODS:%=$(OUT)/$@/%/pretrained) $(patsubst %,$(OUT)/$@/%/probed,$(METHODS) random)
 	@$(PYTHON) results/tables.py --rows $(patsubst %,$(OUT)/$@/%/results.jsonl,random $(METHODS))
 	@echo 'Files below $(OUT)/$@/, a folder a method: log.jsonl, backbone.pt, results.jsonl'
 
