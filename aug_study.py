@@ -68,6 +68,7 @@ RECIPES = {
     "small vicreg": dict(lr=0.001),
     "cifar moco": dict(temperature=0.1, momentum_end=0.99),       # lightly
     "cifar simsiam": dict(lr=0.03),                               # Chen & He 2021, D; lightly: 0.06 at 512
+    "cifar vicreg": dict(optimizer="lars", lr=0.3, wd=1e-4, warmup=10.0),  # solo-learn; SGD 0.12 diverges
     "imagenet moco": dict(optimizer="sgd", momentum_end=0.999),   # solo-learn, and so on
     "imagenet byol": dict(lr=0.5, wd=1e-6),
     "imagenet simsiam": dict(optimizer="sgd", lr=0.5, wd=1e-5),

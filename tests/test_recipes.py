@@ -38,7 +38,8 @@ PUBLISHED = {
     "aug_study --recipe cifar": LIGHTLY | TAU,
     "aug_study --recipe cifar --methods moco": LIGHTLYS_MOCO,
     "aug_study --recipe cifar --methods simsiam": CHEN_HE,
-    **{f"aug_study --recipe cifar --methods {m}": LIGHTLY for m in ("byol", "barlow", "vicreg", "dino")},
+    **{f"aug_study --recipe cifar --methods {m}": LIGHTLY for m in ("byol", "barlow", "dino")},
+    "aug_study --recipe cifar --methods vicreg": dict(SOLO, view=32, epochs=200, batch=512, rate=0.6),
     "aug_study --recipe cifar --methods swav": LIGHTLY,  # the rate is ours
     "aug_study --recipe imagenet": SOLO | TAU,
     "aug_study --recipe imagenet --methods moco": MOCO,
