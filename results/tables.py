@@ -81,7 +81,8 @@ def read_rows(paths: list[pathlib.Path]) -> list[dict]:
         try:
             for row in map(json.loads, path.read_text().splitlines()):
                 cfg = row.get("config", {})  # none for a network that was not trained
-                flags = {name: value for name, value in cfg.items() if name not in ANY}
+                # A flag that is off counts as one that the script did not have yet.
+                flags = {name: value for name, value in cfg.items() if value and name not in ANY}
                 rows.append({"dataset": row["dataset"], **row, "view": cfg.get("view"), "flags": str(flags)})
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             fail(f"{path} holds no result rows ({error})")
@@ -155,7 +156,7 @@ def varied(row: dict, rows: list[dict]) -> str:
     """The flags of a row that are not the same in all rows of its variant, but for those with a column."""
     configs = [other["config"] for other in rows if other["variant"] == row["variant"] and "config" in other]
     names = [name for name in row.get("config", {}) if name not in (*ANY, *COLUMNS)
-             and any(config.get(name) != row["config"][name] for config in configs)]
+             and any((config.get(name) or None) != (row["config"][name] or None) for config in configs)]
     return " ".join(f"--{name.replace('_', '-')} {row['config'][name]}" for name in names)
 
 
