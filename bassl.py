@@ -21,8 +21,6 @@ what is done about that:
   shuffled     the batch is permuted independently for each view, and put back after
   one          only the first view is fused: nothing is shared, so nothing can leak
   adversarial  the first view, gate held open, gradient into the convolution reversed: it learns to disturb
-  partner      the first view is mixed with one other image's, at the gate's share; nothing is learned
-  shared       the same, and the partner's second view has that share of the target (simclr)
 
 Shapes: B batch, C channels, N patches, D values per patch or embedding dimension.
 """
@@ -44,10 +42,8 @@ class Config:
     layers: int = 1              # Embedding Layers, 0 = the plain framework; the number is ours
     patch: int = 0               # pixels of a patch's side, 0 = an eighth of the view or less; ours
     kernel: int = 1              # side of the convolution over (patches, values), odd; ours
-    fuse: Literal["shuffled", "one", "adversarial", "plain", "partner", "shared"] = "adversarial"  # see above
-    gate: float = 0.0            # hold the gates at this value; 0 = learned, or 0.15 (last three kinds)
-    reduce: int = 0              # channels of the batch axis between two convolutions; 0 = one convolution
-    ramp: bool = False           # the held gates grow from 0 with the steps
+    fuse: Literal["shuffled", "one", "adversarial", "plain"] = "adversarial"  # see above; this cannot leak
+    gate: float = 0.15           # hold the gates at this value; 0 = learned, from 0 on; ours
     unpaired: bool = False       # control: the second view is of another image, only a shortcut can help
     temperature: float | None = None   # of simclr and moco
     queue: int | None = None           # moco's keys that serve as negatives
@@ -113,21 +109,14 @@ class BatchFusion(nn.Module):
     start, the module is the identity.
     """
 
-    def __init__(self, batch: int, image_size: int, patch: int = 4, layers: int = 1, kernel: int = 1,
-                 reduce: int = 0):
+    def __init__(self, batch: int, image_size: int, patch: int = 4, layers: int = 1, kernel: int = 1):
         super().__init__()
         if patch < 1 or image_size % patch:
             raise ValueError(f"patch {patch} does not divide the image's {image_size} pixels")
         if kernel % 2 == 0:
             raise ValueError(f"kernel {kernel} is even: the output would not have {image_size} pixels")
         self.batch, self.image_size, self.patch = batch, image_size, patch
-
-        def conv(a, b):
-            return nn.Conv2d(a, b, kernel, padding=kernel // 2, bias=False)
-
-        convs = [conv(batch, batch) for _ in range(layers)]
-        if reduce:
-            convs = [nn.Sequential(conv(batch, reduce), nn.GELU(), conv(reduce, batch)) for _ in convs]
+        convs = [nn.Conv2d(batch, batch, kernel, padding=kernel // 2, bias=False) for _ in range(layers)]
         self.convs = nn.ModuleList(convs)
         self.gates = nn.ParameterList(torch.zeros(()) for _ in range(layers))
 
@@ -158,9 +147,6 @@ def fuse_views(fusion: BatchFusion, kind: str, x1: Tensor, x2: Tensor, generator
     """The two views (B, C, H, W) of a batch as the framework gets them; kind as in Config.fuse."""
     if kind == "plain":
         return fusion(x1), fusion(x2)
-    if kind in ("partner", "shared"):
-        order = torch.randperm(len(x1), generator=generator).to(x1.device, non_blocking=True)
-        return torch.lerp(x1, x1[order], fusion.gates[0]), x2, order
     if kind == "shuffled":
         orders = torch.stack([torch.randperm(len(x1), generator=generator) for _ in range(2)])
         one, two = orders.to(x1.device, non_blocking=True)
@@ -322,12 +308,12 @@ FRAMEWORKS = {"simclr": SimCLR, "moco": MoCo, "byol": BYOL, "simsiam": SimSiam}
 # ---------------------------------------------------------------------------------------------- train
 
 
-def name_variant(cfg, held: float) -> str:
-    """What a result table calls this run; held: where the gates are held, 0 = they are learned."""
+def name_variant(cfg) -> str:
+    """What a result table calls this run."""
     name = cfg.framework
     if cfg.layers:
-        parts = [cfg.fuse] + [f"gate {held:g}"] * (held > 0) + [f"{cfg.layers} layer{'s' * (cfg.layers > 1)}"]
-        parts += [f"reduced to {cfg.reduce}"] * (cfg.reduce > 0) + ["ramp"] * cfg.ramp
+        parts = [cfg.fuse] + [f"gate {cfg.gate:g}"] * (cfg.gate > 0)
+        parts += [f"{cfg.layers} layer{'s' * (cfg.layers > 1)}"]
         parts += [f"kernel {cfg.kernel}"] * (cfg.kernel > 1)
         name += f" + fusion ({', '.join(parts)})"
     return name + ", unpaired" * cfg.unpaired
@@ -337,22 +323,19 @@ def train(cfg) -> None:
     """One pretraining run, start to finish; cfg as common.parse(Config, ...) gives it."""
     from common import BatchAugment, Run, UsageError, gather, resnet, save_grid
 
-    if cfg.fuse == "shared" and cfg.framework != "simclr":
-        raise UsageError(f"--fuse shared: its target is written for simclr, not for {cfg.framework}")
-    held = cfg.gate or 0.15 * (cfg.fuse in ("adversarial", "partner", "shared"))
-    run = Run(cfg, "bassl", name_variant(cfg, held))
+    run = Run(cfg, "bassl", name_variant(cfg))
     encoder = resnet(cfg.arch, run.stem)
     framework = FRAMEWORKS[cfg.framework](encoder, cfg.temperature, cfg.queue, cfg.momentum,
                                           cfg.momentum_end, gather)
     patch = cfg.patch or max(p for p in range(1, run.view // 8 + 1) if run.view % p == 0)
     try:
-        fusion = BatchFusion(run.batch, run.view, patch, cfg.layers, cfg.kernel, cfg.reduce)
+        fusion = BatchFusion(run.batch, run.view, patch, cfg.layers, cfg.kernel)
     except ValueError as error:
         raise UsageError(str(error)) from None
     if cfg.fuse == "adversarial":
         fusion.make_adversarial()
-    if held:
-        fusion.hold(held)
+    if cfg.gate:
+        fusion.hold(cfg.gate)
     augment = BatchAugment(run.view, blur_p=0.5 if run.size > 64 else 0.0).to(run.device)  # MoCo v2's blur
     run.start(nn.ModuleDict({"framework": framework, "fusion": fusion}), encoder)
 
@@ -361,16 +344,9 @@ def train(cfg) -> None:
         x1, x2 = augment(images, generator, aspect, views=2).chunk(2)            # (B, 3, S, S) each
         if cfg.unpaired:  # an order of its own at every step: the fusion can learn a fixed one
             x2 = x2[torch.randperm(len(x2), generator=generator).to(x2.device, non_blocking=True)]
-        if cfg.ramp:
-            fusion.hold(held * run.step / run.steps)
         with run.autocast():
-            v1, v2, *order = fuse_views(fusion, cfg.fuse, x1, x2, generator)
-            if cfg.fuse == "shared":
-                z1, z2 = framework.projector(encoder(torch.cat([v1, v2]))).chunk(2)
-                own, other = (nt_xent(z1, z, cfg.temperature) for z in (z2, z2[order[0]]))
-                loss = torch.lerp(own, other, fusion.gates[0])
-            else:
-                loss = framework(v1, v2)
+            v1, v2 = fuse_views(fusion, cfg.fuse, x1, x2, generator)
+            loss = framework(v1, v2)
         if cfg.preview:
             return save_grid(run.out / "preview.png", torch.stack([x1, v1, x2, v2], 1)[:16].flatten(0, 1), 8)
         run.optimise(loss)

@@ -65,7 +65,8 @@ METRICS = {"knn_top1": "kNN", "knn20_top1": "kNN, k 20", "probe_top1": "probe", 
 SETTINGS = ("dataset", "pretrained_on", "arch", "stem", "size", "view", "images", "epochs", "batch",
             "effective_lr", "split", "fraction", "device")
 COLUMNS = ("batch", "epochs", "limit", "view", "arch", "stem", "size")  # flags with a column of their own
-ANY = ("seed", "out", "data", "cache", "workers", "device", "save_every", "minutes", "knn_every")
+ANY = ("seed", "out", "data", "cache", "workers", "device", "save_every", "minutes", "knn_every",
+       "fuse", "gate")  # the last two stand in the variant's name where there is a fusion
 
 
 def fail(text: str) -> None:

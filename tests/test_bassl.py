@@ -63,9 +63,11 @@ def test_the_adversarys_convolutions_get_the_opposite_gradient():
     assert torch.equal(gradients[0], -gradients[1]) and (gradients[0] != 0).any()
 
 
-def test_the_default_fusion_keeps_its_gate_at_what_it_is_held_at(small, train):
-    state = common.read_checkpoint(train("out") / "checkpoint.pt")
-    assert state["model"]["fusion.gates.0"].item() == pytest.approx(0.15)
+def test_the_gate_keeps_the_value_that_it_is_held_at_and_learns_where_it_is_told_to(small, train):
+    def gate(out, *flags):
+        return common.read_checkpoint(train(out, *flags) / "checkpoint.pt")["model"]["fusion.gates.0"].item()
+    assert gate("held") == pytest.approx(0.15)
+    assert 0 < abs(gate("learned", "--gate", "0")) < 0.1
 
 
 def test_losses_equal_their_loops_whatever_the_scale():
