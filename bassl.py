@@ -42,7 +42,7 @@ class Config:
     layers: int = 1              # Embedding Layers, 0 = the plain framework; the number is ours
     patch: int = 0               # pixels of a patch's side, 0 = an eighth of the view or less; ours
     kernel: int = 1              # side of the convolution over (patches, values), odd; ours
-    fuse: Literal["shuffled", "one", "adversarial", "plain"] = "adversarial"  # see above; this cannot leak
+    fuse: Literal["one", "adversarial", "shuffled", "plain"] = "one"  # see above; this cannot leak
     gate: float = 0.15           # hold the gates at this value; 0 = learned, from 0 on; ours
     unpaired: bool = False       # control: the second view is of another image, only a shortcut can help
     temperature: float | None = None   # of simclr and moco
