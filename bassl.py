@@ -20,7 +20,7 @@ what is done about that:
   plain        both views, as written above; leaks
   shuffled     the batch is permuted independently for each view, and put back after
   one          only the first view is fused: nothing is shared, so nothing can leak
-  adversarial  the first view, gate held open, gradient into the convolution reversed: it learns to disturb
+  adversarial  the same, with the gradient into the convolution reversed: it learns to disturb
 
 Shapes: B batch, C channels, N patches, D values per patch or embedding dimension.
 """
@@ -312,7 +312,7 @@ def name_variant(cfg) -> str:
     """What a result table calls this run."""
     name = cfg.framework
     if cfg.layers:
-        parts = [cfg.fuse] + [f"gate {cfg.gate:g}"] * (cfg.gate > 0)
+        parts = [cfg.fuse] + [f"gate {cfg.gate:g}"] * (cfg.gate != 0)
         parts += [f"{cfg.layers} layer{'s' * (cfg.layers > 1)}"]
         parts += [f"kernel {cfg.kernel}"] * (cfg.kernel > 1)
         name += f" + fusion ({', '.join(parts)})"
