@@ -63,7 +63,7 @@ PUBLISHED = {
 METRICS = {"knn_top1": "kNN", "knn20_top1": "kNN, k 20", "probe_top1": "probe", "linear_top1": "linear"}
 # Two runs are paired when they agree in these; rows that agree in all flags but the seed are one line.
 SETTINGS = ("dataset", "pretrained_on", "arch", "stem", "size", "view", "images", "epochs", "batch",
-            "effective_lr", "split", "fraction", "device")
+            "effective_lr", "split", "fraction", "device", "precision")
 COLUMNS = ("batch", "epochs", "limit", "view", "arch", "stem", "size")  # flags with a column of their own
 ANY = ("seed", "out", "data", "cache", "workers", "device", "save_every", "minutes", "knn_every",
        "fuse", "gate")  # the last two stand in the variant's name where there is a fusion
@@ -250,7 +250,8 @@ def write_readme() -> None:
         path = HERE / f"{name}.jsonl"
         if path.exists():
             rows = read_rows([path])
-            made = f"`make {name}`; {rows[-1]['device']}."
+            machines = dict.fromkeys(f"{row['device']}, {row['precision']}" for row in rows)
+            made = f"`make {name}`; {'; '.join(machines)}."
             text += [f"## {title}", "", sentence, "", made, "", table(rows)]
             if name == "study":
                 text += ["Its main effects on the probe:", "", study().effects_table(str(path)), ""]
