@@ -1,5 +1,5 @@
-# NPID against MoCo v2 on the same images, half an hour of one thread each, two seeds: accuracy over minutes
-# and epochs is the online kNN of the logs.
+# NPID against MoCo v2 on the same images, two seeds: accuracy over minutes and epochs is the online kNN of
+# the logs. Twelve minutes of one thread each with bf16, half an hour without.
 set -e
 for seed in 0 1; do
   for dataset in cifar10 cifar100; do

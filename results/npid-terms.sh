@@ -1,5 +1,5 @@
-# NPID and its terms, one added at a time, three seeds. Cells: five minutes of one thread; probes on a tenth
-# of the labels.
+# NPID and its terms, one added at a time, three seeds. Cells: two minutes of one thread with bf16,
+# five without; probes on a tenth of the labels.
 set -e
 run() {  # run NAME FLAGS...
   out=runs/npid-terms/$1-$seed; shift

@@ -1,5 +1,5 @@
 # Four methods x three augmentations, both switches, a larger backbone; three seeds. Cells: SimCLR trains for
-# five minutes of one thread; probes on a tenth of the labels.
+# two minutes of one thread with bf16, five without; probes on a tenth of the labels.
 set -e
 run() {  # run NAME FLAGS...
   out=runs/study/$1-$seed; shift

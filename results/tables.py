@@ -37,8 +37,7 @@ TABLES = {
     "bassl-plug": ("BA-SSL in front of other frameworks", "Published: up to +1.25 on ImageNet-100."),
     "npid-terms": ("NPID, term by term", "Each line adds one term to the line above it."),
     "npid-moco": ("NPID against MoCo v2", "Over shares of the images and over networks."),
-    "npid-long": ("NPID against MoCo v2, longer", "Half an hour of one thread each, on the same images: "
-                  "accuracy over minutes."),
+    "npid-long": ("NPID against MoCo v2, longer", "On the same images, in about the same minutes."),
     "published": ("Full size", "The recipes of the papers and peers."),
     "study": ("The study", "Augmentations against algorithms: every cell, and the main effects below."),
 }
@@ -250,7 +249,8 @@ def write_readme() -> None:
         path = HERE / f"{name}.jsonl"
         if path.exists():
             rows = read_rows([path])
-            machines = dict.fromkeys(f"{row['device']}, {row['precision']}" for row in rows)
+            trained = [row for row in rows if row["method"] != "random"]
+            machines = dict.fromkeys(f"{row['device']}, {row['precision']}" for row in trained)
             made = f"`make {name}`; {'; '.join(machines)}."
             text += [f"## {title}", "", sentence, "", made, "", table(rows)]
             if name == "study":
