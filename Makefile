@@ -62,7 +62,7 @@ force:
 
 # Each is a list of commands that can be pasted, and ends in its table.
 $(TABLES): $(ENV)
-	PATH="$(abspath $(dir $(PYTHON))):$$PATH" bash results/$@.sh
+	OMP_NUM_THREADS=$(HALF) PATH="$(abspath $(dir $(PYTHON))):$$PATH" bash results/$@.sh
 
 # In two halves side by side: most of a test's time is a script that starts.
 test: $(ENV)

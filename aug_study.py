@@ -129,7 +129,7 @@ def barlow_loss(z1: Tensor, z2: Tensor, weight: float = 0.0051) -> Tensor:
     z = torch.stack([z1, z2])                                                    # (2, B, D)
     z = (z - z.mean(1, keepdim=True)) / (z.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
     on = (z[0] * z[1]).mean(0)                               # (D,), the diagonal of c = z1.T @ z2 / B
-    # |z1.T z2|^2 = <z1 z1.T, z2 z2.T>: a sixteenth of the work at B 128, D 2048.
+    # |z1.T z2|^2 = <z1 z1.T, z2 z2.T>: 2B/D of the work, an eighth at B 128, D 2048.
     g1, g2 = z @ z.mT                                                            # (B, B) each
     squares = (g1 * g2).sum() / z.shape[1] ** 2
     return (1 - on).square().sum() + weight * (squares - on.square().sum())
@@ -138,8 +138,8 @@ def barlow_loss(z1: Tensor, z2: Tensor, weight: float = 0.0051) -> Tensor:
 @in_float32
 def vicreg_loss(z1: Tensor, z2: Tensor, invariance: float = 25.0, variance: float = 25.0,
                 covariance: float = 1.0) -> Tensor:
-    """VICReg (Bardes et al. 2022, eq. 6) of (B, D): squared distance, hinge on the standard deviation at 1,
-    off-diagonal covariance."""
+    """VICReg (Bardes et al. 2022, scaled as its code) of (B, D): mean squared distance, hinge on the standard
+    deviation at 1, off-diagonal covariance."""
     z = torch.stack([z1, z2])                                                    # (2, B, D)
     x = (z - z.mean(1, keepdim=True)) / math.sqrt(z.shape[1] - 1)                # x.T @ x is the covariance
     on = x.square().sum(1)                                                       # (2, D), its diagonal
@@ -190,7 +190,7 @@ class Method:
     target_gradient: bool = False        # a shared target passes its gradient on
     queue: bool = False                  # keys are kept as negatives
     prototypes: int = 0                  # rows of a last layer on the unit sphere
-    center: float = 0.0                  # rate at which the mean teacher output is tracked
+    center: float = 0.0                  # share of the old mean teacher output that a step keeps
     last_norm: bool = False              # BN after the projector's last layer
     aug: str = "simclr"                  # default augmentation
 

@@ -73,7 +73,7 @@ class RunConfig:
 
     dataset: Dataset = "shapes"      # what to train on
     data: str = "data"               # where the images are, or are downloaded to
-    recipe: Literal["auto", "small", "cifar", "imagenet"] = "auto"  # auto = small on a CPU, else by the set
+    recipe: Literal["auto", "small", "cifar", "imagenet"] = "auto"  # auto: README, Recipes
     batch: int | None = None         # images per step, over all processes
     epochs: int | None = None        # passes over the training images
     arch: Arch | None = None         # backbone
@@ -93,7 +93,7 @@ class RunConfig:
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # autocast; auto = bf16 where the hardware has it
     compile: bool = False            # torch.compile the backbone; off with --deterministic
     sync_bn: bool = True             # torchrun on CUDA: batch norm over all processes; one host wait a norm
-    knn_every: int = 5               # epochs between online kNN checks on held-out training images; 0 = never
+    knn_every: int = 5               # epochs between online kNN checks on training images; 0 = never
     save_every: float = 10.0         # minutes between checkpoints; 0 = every step. The end is always saved
     minutes: float = 0.0             # save and stop with status 3 after this many minutes; 0 = run to the end
     deterministic: bool = False      # torch's deterministic algorithms: bit-exact repeats on CUDA too
@@ -637,7 +637,8 @@ class BatchAugment(nn.Module):
 
     size: pixels of a view. scale: share of the area that a crop keeps. jitter: strengths of brightness,
     contrast, saturation and hue, in an order drawn once per call. flip and *_p: probabilities per sample.
-    Defaults: SimCLR's for CIFAR (Chen et al. 2020, B.9). The blur's kernel is a tenth of the view.
+    Defaults: MoCo v2's crops, SimCLR's colours at strength 0.5 (Chen et al. 2020, B.9).
+    The blur's kernel is a tenth of the view.
     """
 
     def __init__(self, size: int, scale: tuple = (0.2, 1.0), flip: float = 0.5,
@@ -842,7 +843,7 @@ def pick_dtype(amp: str, device: torch.device) -> torch.dtype:
 class LARS(torch.optim.Optimizer):
     """SGD with momentum whose step is scaled per tensor (You et al. 2017), as solo-learn has it.
 
-    The local rate eta |w| / |g + wd w| is clipped at the global one: a step of min(eta |w| / |g|, lr).
+    The local rate eta |w| / (|g| + wd |w|) is clipped at the global one.
     Biases, norms and gates get neither decay nor scaling.
     """
 
@@ -1156,7 +1157,7 @@ class Run:
         say(f"epoch {epoch}/{self.cfg.epochs} {shown}, {timedelta(seconds=round(left))} left")
 
     def _pace(self) -> tuple[float, float]:
-        """Images (not views) per second in this process, the monitor's time left out, and seconds to go."""
+        """Images (not views) per second since the process began, without the monitor; seconds to go."""
         step, seconds = self.first
         pace = (self.seconds - seconds) / (self.step - step)
         return self.cfg.batch / pace, pace * (self.steps - self.step)
@@ -1222,8 +1223,8 @@ class Run:
 
     @torch.no_grad()
     def monitor(self) -> dict[str, float]:
-        """Online kNN and collapse signs on training images alone: at most 1,000 of a held-out tenth, by their
-        neighbours among 5,000 others. Without classes only the collapse signs."""
+        """Online kNN and collapse signs on training images alone: at most 1,000, a tenth, by their neighbours
+        among 5,000 others. Without classes only the collapse signs."""
         order = torch.randperm(len(self.images), generator=seeded("monitor"))
         query = order[:min(1000, max(1, len(order) // 10))]
         bank = order[len(query):len(query) + 5000]

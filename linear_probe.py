@@ -309,8 +309,9 @@ def probe(cfg: Config) -> dict | None:
     asked |= {"probe_top1"} if cfg.quick else set()
     asked |= {"linear_top1"} if cfg.epochs else set()
     key = {"dataset": cfg.dataset, "backbone": digest[:16], "split": cfg.split, "fraction": cfg.fraction,
-           "probe_seed": cfg.seed, "size": cfg.size}
-    there = [row for row in rows if all(row.get(name) == value for name, value in key.items())
+           "probe_seed": cfg.seed, "size": cfg.size, "probe_lr": cfg.lr, "probe_batch": cfg.batch,
+           "probe_data": cfg.data if cfg.dataset == "folder" else ""}
+    there = [row for row in rows if all(row.get(name, value) == value for name, value in key.items())
              and (not cfg.epochs or row["linear_epochs"] in (0, cfg.epochs))]  # this row, or a part of it
     if not cfg.neighbours and there and asked <= there[0].keys():
         common.say(f"nothing left to do: {results} has this probe's row")

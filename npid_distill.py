@@ -8,7 +8,7 @@ Each image is its own class; a memory bank holds one unit row per image, and p =
 classifies the one crop of the image that a step sees. Cao & Wu add to plain NPID (Wu et al. 2018), each with
 its switch:
 - calibration (--init): rows start as a forward pass of the untrained network over every image;
-- gradient update (--update grad): rows follow the loss's own gradient, negatives included, see grad_update;
+- gradient update (--update grad): rows follow the cross-entropy's gradient, negatives too, see grad_update;
 - self-distillation (--lambda-kl): KL(p' || u), u = p'^power renormalised, no gradient through u, see sqrt_kl.
 The two softmaxes differ: the cross-entropy divides cosines by tau, the KL term takes them as they are, as
 the official code does (--temper-kl divides them too). The gradient update is not in that code, and the
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 @dataclass
 class Config:
     init: Literal["augmented", "forward", "random"] = "augmented"  # bank rows at the start: see calibrate
-    update: Literal["grad", "ema"] = "grad"  # bank rule: the loss's gradient (paper), or NPID's own average
+    update: Literal["grad", "ema"] = "grad"  # bank rule: cross-entropy's gradient (paper), or NPID's average
     lambda_kl: float = 20.0         # weight of the self-distillation term, 0 = off; official run.sh
     power: float = 0.5              # u = p^power renormalised; paper (square root)
     temper_kl: bool = False         # divide the KL term's logits by tau too; off in the official code
@@ -147,10 +147,10 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def in_play(self, index: Tensor, negatives: int, generator: torch.Generator | None = None):
-        """The rows that a step looks at: columns (B + K,), and the column of each image's own row (B,).
+        """The rows that a step looks at: columns (K,), and the column of each image's own row (B,).
 
-        The rows of the batch's images index (B,), which are distinct, then K drawn uniformly from the others
-        without replacement; all rows where negatives is 0 or more than there are.
+        The rows of the batch's images index (B,), which are distinct, then negatives drawn uniformly from
+        the others without replacement; all rows where negatives is 0 or more than there are.
         """
         size = len(self.rows)
         if negatives == 0 or negatives >= size - len(index):
@@ -165,9 +165,8 @@ class MemoryBank(nn.Module):
         """Move the rows after a step with unit embeddings z (B, D).
 
         Over the whole bank: index (B,) or (B, L) image numbers and prob (B, N). Over rows in play: columns
-        (K,) of the bank and rows (K, D) = bank.rows[columns]; prob (B, K) and index, then columns of rows,
-        are theirs. prob None is NPID's average: the rows of images index (B,) alone move, toward their
-        embeddings.
+        (K,) of the bank and rows (K, D) = bank.rows[columns]; prob (B, K) and index count within these K.
+        prob None is NPID's average: the rows of images index (B,) alone move, toward their embeddings.
         """
         z = z.detach()
         if prob is None:
@@ -219,8 +218,8 @@ def calibrate(bank: MemoryBank, model: nn.Module, augment: nn.Module, run) -> No
     """Fill every row from a forward pass of the untrained network over every image, none missing.
 
     --init augmented: augmented views in train mode, as the official code does. forward: centre views in eval
-    mode, where an untrained network's batch norms are the identity, so that all rows are nearly one point
-    (mean cosine 0.97 against 0.31). random leaves the rows as they are, as NPID does.
+    mode, where an untrained network's batch norms are the identity, so that all rows are nearly one point.
+    random leaves the rows as they are, as NPID does.
     """
     from common import broadcast, center_view, gather
 
@@ -268,8 +267,8 @@ def train(cfg) -> None:
         index, partner, weight = gather(index), gather(partner + rank() * len(x)), gather(weight)
         columns, own = bank.in_play(index, cfg.negatives, run.generator("negatives", run.device))
         labels = torch.stack([own, own[partner]], 1)                                # (B, 2) columns
-        rows = bank.rows[columns]                                                   # (B + K, D)
-        cosines = (z.to(run.dtype) @ rows.to(run.dtype).T).float()                  # (B, B + K)
+        rows = bank.rows[columns]                                                   # (K, D)
+        cosines = (z.to(run.dtype) @ rows.to(run.dtype).T).float()                  # (B, K)
         logits = cosines / cfg.tau
         ce = instance_ce(logits, labels, weight)
         kl = sqrt_kl(logits if cfg.temper_kl else cosines, cfg.power)

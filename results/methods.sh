@@ -5,12 +5,13 @@ set -e
 for seed in 0 1 2; do
   out=runs/methods/seed-$seed
   if [ $seed = 0 ]; then out=runs/cifar10; fi
-  python linear_probe.py --random --dataset cifar10 --seed $seed --out $out/random
-  python bassl.py --dataset cifar10 --layers 0 --seed $seed --out $out/simclr
-  python bassl.py --dataset cifar10 --layers 0 --framework moco --seed $seed --out $out/bassl-moco
-  python bassl.py --dataset cifar10 --layers 0 --framework byol --seed $seed --out $out/bassl-byol
-  python bassl.py --dataset cifar10 --seed $seed --out $out/bassl
-  python npid_distill.py --dataset cifar10 --seed $seed --out $out/npid
+  python linear_probe.py --random --arch resnet10 --dataset cifar10 --seed $seed --out $out/random
+  small="--dataset cifar10 --recipe small --seed $seed"
+  python bassl.py $small --layers 0 --out $out/simclr
+  python bassl.py $small --layers 0 --framework moco --out $out/bassl-moco
+  python bassl.py $small --layers 0 --framework byol --out $out/bassl-byol
+  python bassl.py $small --out $out/bassl
+  python npid_distill.py $small --out $out/npid
   for method in simclr bassl-moco bassl-byol bassl npid; do
     python linear_probe.py --backbone $out/$method/backbone.pt
   done
@@ -21,7 +22,7 @@ cell() {  # cell NAME SCRIPT FLAGS...
   python linear_probe.py --backbone $out/backbone.pt --fraction 0.1
 }
 for seed in 0 1 2; do
-  python linear_probe.py --random --dataset cifar100 --fraction 0.1 --seed $seed \
+  python linear_probe.py --random --arch resnet10 --dataset cifar100 --fraction 0.1 --seed $seed \
     --out runs/methods/cifar100-random-$seed
   cell simclr bassl.py --limit 12500 --layers 0
   cell moco   bassl.py --limit 12500 --layers 0 --framework moco
