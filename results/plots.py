@@ -42,7 +42,7 @@ def draw_bassl_batch(path: pathlib.Path):
     """The fusion's effect over the batch, with its 95 % interval over seeds."""
     rows = read_rows([path])
     figure, [panel] = panels(1, xlabel="batch", ylabel="BA-SSL - SimCLR, points of probe")
-    for same in lines_of(rows):
+    for same in sorted(lines_of(rows), key=lambda same: same[0]["batch"]):
         effects = differences(same, rows)
         if len(effects) > 1:
             mean, half = study().mean_and_half(effects)
