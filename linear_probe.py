@@ -329,6 +329,8 @@ def probe(cfg: Config) -> dict | None:
            "variant": "untrained" if cfg.random else "",
            "device": common.device_name(device), "precision": "float32", **made, **run_facts(lines),
            "arch": arch, "stem": stem, "probe_command": made["command"], "probe_blobs": made["blobs"]}
+    if there and not cfg.epochs:  # the SGD probe of an earlier call stays in the row
+        row |= {name: there[0][name] for name in ("linear_epochs", "linear_top1") if name in there[0]}
 
     def add(metric: str, value: float) -> None:
         if fingerprint(encoder) != digest:
