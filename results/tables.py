@@ -29,7 +29,8 @@ TABLES = {
     "tried": ("What was tried for the small recipe", "At equal views, multi-crop at equal images; "
               "judged on held-out training images; one seed."),
     "rates": ("Rates of the small recipe", "64 steps a method (NPID 120), on held-out images; one seed."),
-    "methods": ("Methods", "The small recipe as it stands."),
+    "methods": ("Methods", "The small recipe as it stands on CIFAR-10; a part of it, and a probe on a tenth of the "
+                "labels, on CIFAR-100."),
     "bassl-look": ("Which fusion by default", "On held-out training images; a kind that bassl.py has no more "
                    "stands in the commit of its row."),
     "bassl-batch": ("BA-SSL over batch size", "Fusion against the plain framework at equal images."),
