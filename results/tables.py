@@ -29,8 +29,8 @@ TABLES = {
     "tried": ("What was tried for the small recipe", "At equal views, multi-crop at equal images; "
               "judged on held-out training images; one seed."),
     "rates": ("Rates of the small recipe", "64 steps a method (NPID 120), on held-out images; one seed."),
-    "methods": ("Methods", "The small recipe as it stands on CIFAR-10; on CIFAR-100 a part of it, and a probe on "
-                "a tenth of the labels."),
+    "methods": ("Methods", "The small recipe as it stands on CIFAR-10; on CIFAR-100 a part of it, and "
+                "a probe on a tenth of the labels."),
     "bassl-look": ("Which fusion by default", "On held-out training images; a kind that bassl.py has no more "
                    "stands in the commit of its row."),
     "bassl-batch": ("BA-SSL over batch size", "Fusion against the plain framework at equal images."),
@@ -39,8 +39,8 @@ TABLES = {
     "npid-terms": ("NPID, term by term", "Each line adds one term to the line above it."),
     "npid-moco": ("NPID against MoCo v2", "Over shares of the images and over networks, in about the same "
                   "minutes; `effect` is NPID minus MoCo v2."),
-    "npid-long": ("NPID against MoCo v2, longer", "On the same images, in about the same minutes; `effect` is "
-                  "NPID minus MoCo v2."),
+    "npid-long": ("NPID against MoCo v2, longer", "On the same images, in about the same minutes; `effect` "
+                  "is NPID minus MoCo v2."),
     "published": ("Full size", "The recipes of the papers and peers."),
     "study": ("The study", "Augmentations against algorithms: every cell, and the main effects below."),
 }
