@@ -866,12 +866,12 @@ class LARS(torch.optim.Optimizer):
                 p.add_(buffer, alpha=-group["lr"])
 
 
-def make_optimizer(name: str, model: nn.Module, lr: float, wd: float, device: torch.device):
+def make_optimizer(name: str, model: nn.Module, lr: float, wd: float, fused: bool):
     """sgd decays all but scalars, as the official CIFAR code does; adamw and lars spare biases and norms."""
     params = [p for p in model.parameters() if p.requires_grad]
     if name == "lars":
         return LARS(params, lr, weight_decay=wd)
-    least, fused = 1 if name == "sgd" else 2, device.type in ("cuda", "cpu")
+    least = 1 if name == "sgd" else 2
     groups = [{"params": [p for p in params if p.ndim >= least], "weight_decay": wd},
               {"params": [p for p in params if p.ndim < least], "weight_decay": 0.0}]
     if name == "sgd":
@@ -997,7 +997,9 @@ class Run:
         if world() > 1 and self.device.type == "cuda" and cfg.sync_bn:  # on CPUs each normalises its own part
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model, self.encoder = model.to(self.device, memory_format=torch.channels_last), encoder
-        self.optimizer = make_optimizer(cfg.optimizer, model, self.lr, cfg.wd, self.device)
+        # On a step that the scaler skips, torch's fused SGD keeps a momentum that it never wrote.
+        fused = self.device.type in ("cuda", "cpu") and self.dtype != torch.float16
+        self.optimizer = make_optimizer(cfg.optimizer, model, self.lr, cfg.wd, fused)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.parts = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
         if bank is not None:
@@ -1005,7 +1007,7 @@ class Run:
             broadcast(bank)
         broadcast(self.model)
         if cfg.compile and not cfg.deterministic:
-            encoder.compile()
+            encoder.compile(mode="reduce-overhead")  # as CUDA graphs: launches, not arithmetic, bound a GPU
         if cfg.preview:
             return
         if rank() == 0:
