@@ -1230,7 +1230,7 @@ class Run:
         order = torch.randperm(len(self.images), generator=seeded("monitor"))
         query = order[:min(1000, max(1, len(order) // 10))]
         bank = order[len(query):len(query) + 5000]
-        with self.autocast():
+        with self.autocast(), torch.compiler.set_stance("force_eager"):  # --compile is for a step's batches
             test, train = (features(self.encoder, self.images.subset(index), self.size, self.device)
                            for index in (query, bank))
         if len(self.images.classes) < 2:

@@ -67,7 +67,7 @@ def test_images_that_are_read_ahead_into_pinned_memory_are_those_in_memory(train
 def test_a_compiled_backbone_is_compiled_once_and_gives_the_same_loss(train):
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
-        compiled = losses(train("compiled", *GPU, "--compile"))
+        compiled = losses(train("compiled", *GPU, "--compile", "--knn-every", "1"))
     assert compiled == pytest.approx(losses(train("plain", *GPU)), rel=1e-2)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
     torch._dynamo.reset()
