@@ -91,7 +91,7 @@ class RunConfig:
     workers: int = 0                 # threads that decode images, once per set; 0 = one a core
     device: str = "auto"             # auto = the accelerator that torch finds, else cpu; or cuda:1, mps
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # autocast; auto = bf16 where the hardware has it
-    compile: bool = False            # torch.compile the backbone; off with --deterministic
+    compile: bool = False            # torch.compile the backbone into CUDA graphs; off with --deterministic
     sync_bn: bool = True             # torchrun on CUDA: batch norm over all processes; one host wait a norm
     knn_every: int = 5               # epochs between online kNN checks on training images; 0 = never
     save_every: float = 10.0         # minutes between checkpoints; 0 = every step. The end is always saved
