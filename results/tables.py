@@ -34,14 +34,15 @@ TABLES = {
     "bassl-look": ("Which fusion by default", "On held-out training images; a kind that bassl.py has no more "
                    "stands in the commit of its row."),
     "bassl-batch": ("BA-SSL over batch size", "Fusion against the plain framework at equal images."),
-    "bassl-fusion": ("Kinds of fusion", "Real pairs; and unpaired ones, whose loss must stay at chance."),
+    "bassl-fusion": ("Kinds of fusion", "Real pairs; and unpaired ones, whose loss leaves chance where the "
+                     "fusion has a shortcut."),
     "bassl-plug": ("BA-SSL in front of other frameworks", "Published: up to +1.25 on ImageNet-100."),
     "npid-terms": ("NPID, term by term", "Each line adds one term to the line above it."),
     "npid-moco": ("NPID against MoCo v2", "Over shares of the images and over networks, in about the same "
                   "minutes; `effect` is NPID minus MoCo v2."),
     "npid-long": ("NPID against MoCo v2, longer", "On the same images, in about the same minutes; `effect` "
                   "is NPID minus MoCo v2."),
-    "published": ("Full size", "The recipes of the papers and peers."),
+    "published": ("Full size", "The recipes of the papers and peers; rows are added as a GPU is at hand."),
     "study": ("The study", "Augmentations against algorithms: every cell, and the main effects below."),
 }
 
