@@ -10,7 +10,8 @@ Features are the average-pooled outputs of the bare backbone in eval mode. Metri
     knn_top1      cosine kNN, k = 200, T = 0.1 (lightly)
     knn20_top1    cosine kNN, k = 20, T = 0.07 (solo-learn)
     probe_top1    logistic regression on cached features; L-BFGS, L2 chosen on a tenth of the training images
-    linear_top1   SGD: lr 0.1 x batch/256, momentum 0.9, no decay, cosine, views by crop (0.08, 1) and flip
+    linear_top1   SGD on normalised features: lr 0.1 x batch/256, momentum 0.9, no decay, cosine, views by
+                  crop (0.08, 1) and flip
 Nothing is chosen on the test split; --split held-out leaves it alone and tests on a tenth of the training
 images, for choices. The row is appended to results.jsonl beside the backbone, and rewritten as its metrics
 come.
@@ -110,9 +111,14 @@ def quick_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor
 
 def sgd_probe(encoder: nn.Module, train: ImageSet, test: ImageSet, cfg: Config,
               device: torch.device) -> float:
-    """linear_top1: a linear layer trained by SGD on features of augmented views; last epoch."""
+    """linear_top1: a linear layer trained by SGD on features of augmented views; last epoch.
+
+    A BatchNorm without weights comes first, as in MAE's linear probe (arXiv 2111.06377, A.1): so one rate
+    fits features of every scale. It stays a linear probe: the two layers fold into one.
+    """
     torch.manual_seed(cfg.seed)
-    head = nn.Linear(encoder.dim, len(train.classes)).to(device)
+    linear = nn.Linear(encoder.dim, len(train.classes))
+    head = nn.Sequential(nn.BatchNorm1d(encoder.dim, eps=1e-6, affine=False), linear).to(device)
     batch = min(cfg.batch, len(train)) // world() * world()
     optimizer = torch.optim.SGD(head.parameters(), lr=cfg.lr * batch / 256, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, cfg.epochs * (len(train) // batch))
@@ -131,7 +137,7 @@ def sgd_probe(encoder: nn.Module, train: ImageSet, test: ImageSet, cfg: Config,
             scheduler.step()
         common.live(f"SGD probe: epoch {epoch + 1}/{cfg.epochs}, loss {loss.item():.3f}")
     x, y = features(encoder, test, cfg.size, device)
-    return accuracy(head(x), y)
+    return accuracy(head.eval()(x), y)
 
 
 def label_fraction(images: ImageSet, fraction: float, seed: int) -> ImageSet:
@@ -288,6 +294,8 @@ def probe(cfg: Config) -> dict | None:
         raise UsageError(f"--neighbours {cfg.neighbours}: want a file name that ends in .png")
     if not 0 < cfg.fraction <= 1:
         raise UsageError(f"--fraction {cfg.fraction}: want a share above 0 and up to 1")
+    if cfg.batch < 2:
+        raise UsageError(f"--batch {cfg.batch}: want 2 or more")
     common.join_processes()
     if cfg.neighbours and world() > 1:
         raise UsageError("--neighbours draws in one process: start it without torchrun")

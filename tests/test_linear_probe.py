@@ -64,6 +64,24 @@ def test_the_logistic_fit_is_at_a_stationary_point_of_its_objective_whatever_the
         assert gradient.abs().max() < 1e-4 and (p - torch.eye(3)[y]).mean(0).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("scale", [0.03, 1.0, 30.0])
+def test_the_sgd_probe_fits_features_of_any_scale(scale):
+    """At one rate a bare linear layer stays at its start where features are small, and leaps where large."""
+    class MeanColour(torch.nn.Module):
+        dim = 3
+
+        def forward(self, x):
+            return scale * x.mean((2, 3))
+
+    labels = torch.arange(640) % 4
+    colours = torch.randint(60, 200, (4, 3), generator=torch.Generator().manual_seed(0))
+    noise = torch.randint(-20, 20, (640, 3), generator=torch.Generator().manual_seed(1))
+    pixels = (colours[labels] + noise)[:, :, None, None].expand(-1, -1, 8, 8).to(torch.uint8).contiguous()
+    images = common.ImageSet(pixels, labels, list("abcd"))
+    cfg = linear_probe.Config(epochs=5, batch=64, size=8, seed=0)
+    assert linear_probe.sgd_probe(MeanColour(), images, images, cfg, torch.device("cpu")) > 95
+
+
 def test_a_label_fraction_keeps_every_class():
     pixels, labels = torch.zeros(1000, 3, 2, 2, dtype=torch.uint8), torch.arange(1000) % 10
     images = common.ImageSet(pixels, labels, list("abcdefghij"))
