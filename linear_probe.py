@@ -219,7 +219,7 @@ def run_facts(lines: list[dict]) -> dict:
     facts |= {"pretrained_on": cfg["dataset"], "recipe": cfg["recipe"], "epochs": cfg["epochs"],
               "batch": cfg["batch"], "seed": cfg["seed"], "effective_lr": header["effective_lr"],
               "parameters": header["encoder_parameters"], "minutes": last.get("minutes"),
-              "images_per_s": last.get("images_per_s"), "train_loss": last.get("loss")}
+              "train_loss": last.get("loss")}
     gates = [value for name, value in last.items() if name.startswith("gate_")]
     curve = [[line["minutes"], line["epoch"], line["knn_top1"]] for line in lines if "knn_top1" in line]
     return facts | {"gates": gates, "curve": curve, "config": cfg}

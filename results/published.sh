@@ -1,6 +1,6 @@
 # The published rows at full size, the most telling first: for one GPU.
 # About seven hours of one H100, by the rates of results/bench/gpu.jsonl and the networks' arithmetic; of
-# them the first row took six and a half minutes, with ARGS="--compile --knn-every 0".
+# them the first two took a quarter of one, with ARGS="--compile --knn-every 0".
 #   MINUTES=9 bash results/published.sh      # a run saves and stops after 9 minutes, with status 3;
 #                                            # the same line goes on, and does nothing when all is done
 # ARGS and PROBE: further flags of every pretraining and of every probe, to try it out, as

@@ -133,6 +133,11 @@ def markdown(lines: list[dict]) -> str:
     return "\n".join([head, "|" + "|".join("-" * (width + 2) for width in widths) + "|", *body])
 
 
+def rate(row: dict) -> float | None:
+    """Images a second over a whole run; a log's own rate counts from the last start."""
+    return row["images"] * row["epochs"] / (60 * row["minutes"]) if row.get("minutes") else None
+
+
 def table_line(rows: list[dict]) -> dict[str, str]:
     """The cells of a line: rows that differ in the seed alone."""
     row = rows[0]
@@ -152,7 +157,7 @@ def table_line(rows: list[dict]) -> dict[str, str]:
     line |= {name: spread([r.get(metric) for r in rows]) for metric, name in METRICS.items()}
     line["effect on probe"] = ""
     line["minutes"] = spread([r.get("minutes") for r in rows])
-    line["images/s"] = spread([r.get("images_per_s") for r in rows], 0)
+    line["images/s"] = spread([rate(r) for r in rows], 0)
     return line
 
 

@@ -17,7 +17,7 @@ import tables  # noqa: E402
 def row(**other):
     base = dict(dataset="shapes", pretrained_on="shapes", method="bassl", variant="simclr", arch="resnet10")
     base |= dict(stem="cifar", view=16, images=100, epochs=2, batch=64, effective_lr=0.1, split="test")
-    return base | dict(seed=0, fraction=1.0, device="x", minutes=1.0, images_per_s=10, train_loss=3.0) | other
+    return base | dict(seed=0, fraction=1.0, device="x", minutes=1.0, train_loss=3.0) | other
 
 
 def cells(text):
@@ -53,6 +53,7 @@ def test_a_line_has_the_mean_of_its_seeds_and_the_flags_that_differ_and_the_cont
 
 def test_published_numbers_stand_in_italics_below_and_wrong_files_are_named(tmp_path, capsys):
     lines = cells(tables.table([row(dataset="cifar10", linear_top1=60.0)]))
+    assert lines[0]["images/s"] == "3", "100 images twice in a minute"
     assert lines[0]["linear"] == "60.0" and "*90.74*" in [line["linear"] for line in lines[1:]]
     for text in ("{", "[1]", "{}"):
         (tmp_path / "rows.jsonl").write_text(text)
