@@ -1,15 +1,19 @@
-# NPID against MoCo v2 on the same images, two seeds: accuracy over minutes and epochs is the online kNN of
-# the logs. Twelve minutes of one thread each with bf16, half an hour without.
+# NPID against MoCo v2 on the same images, two budgets, two seeds: accuracy over minutes and epochs is the
+# online kNN of the logs. Of one thread with bf16, 12 to 15 minutes each and then 22; without, an hour.
 set -e
-for seed in 0 1; do
-  for dataset in cifar10 cifar100; do
-    out=runs/npid-long/$dataset
-    python npid_distill.py --dataset $dataset --recipe small --limit 12500 --epochs 22 --knn-every 2 \
-      --seed $seed --out $out-npid-$seed
-    python bassl.py --layers 0 --framework moco --dataset $dataset --recipe small --limit 12500 --epochs 9 \
-      --knn-every 1 --seed $seed --out $out-moco-$seed
-    for method in npid moco; do
-      python linear_probe.py --backbone $out-$method-$seed/backbone.pt
+for epochs in "22 9" "32 17"; do  # NPID's, MoCo's
+  npid=${epochs% *}
+  moco=${epochs#* }
+  for seed in 0 1; do
+    for dataset in cifar10 cifar100; do
+      out=runs/npid-long/$dataset-$npid
+      python npid_distill.py --dataset $dataset --recipe small --limit 12500 --epochs $npid --knn-every 2 \
+        --seed $seed --out $out-npid-$seed
+      python bassl.py --layers 0 --framework moco --dataset $dataset --recipe small --limit 12500 \
+        --epochs $moco --knn-every 1 --seed $seed --out $out-moco-$seed
+      for method in npid moco; do
+        python linear_probe.py --backbone $out-$method-$seed/backbone.pt
+      done
     done
   done
 done

@@ -19,20 +19,22 @@ def panels(count: int, **labels):
 
 
 def draw_npid_long(path: pathlib.Path):
-    """Online kNN over minutes and over epochs, a line a run."""
+    """Online kNN over minutes and over epochs, a line a run; a shorter run is paler."""
     sets = group(read_rows([path]), ("dataset",))
     figure, row = panels(2 * len(sets), ylabel="online kNN, %")
     for n, ((dataset,), part) in enumerate(sets.items()):
         by_minutes, by_epochs = row[2 * n:2 * n + 2]
+        longest = max(run["minutes"] for run in part)
         by_minutes.set(title=dataset, xlabel="minutes of one thread")
         by_epochs.set(title=dataset, xlabel="epochs")
         for same in lines_of(part):
             colour, name = ("C1", "NPID") if same[0]["method"] == "npid_distill" else ("C0", "MoCo v2")
-            label = f"{name}, {same[0]['images']:,} images"
+            label = f"{name}, {same[0]['epochs']} epochs"
+            shade = {"color": colour, "alpha": same[0]["minutes"] / longest}
             for run in same:
                 minutes, epochs, knn = zip(*run["curve"])
-                by_minutes.plot(minutes, knn, colour, label=label)
-                by_epochs.plot(epochs, knn, colour)
+                by_minutes.plot(minutes, knn, label=label, **shade)
+                by_epochs.plot(epochs, knn, **shade)
                 label = None  # once a line of the table
         by_minutes.legend()
     return figure
@@ -73,5 +75,5 @@ if __name__ == "__main__":
         if (HERE / f"{name}.jsonl").exists():
             figure = draw(HERE / f"{name}.jsonl")
             figure.tight_layout()
-            figure.savefig(HERE / f"{name}.png", dpi=90)
+            figure.savefig(HERE / f"{name}.png", dpi=75)
             print(f"wrote {HERE / name}.png")

@@ -171,16 +171,21 @@ def varied(row: dict, rows: list[dict]) -> str:
 
 def differences(same: list[dict], rows: list[dict]) -> list[float]:
     """The probe of the runs of a line minus that of rows without its last term, same settings, same seed.
-    NPID as a whole stands against MoCo v2 on the same images, in about the same minutes."""
+    NPID as a whole stands against MoCo v2 on the same images, in the nearest minutes."""
     base, _, term = same[0]["variant"].rpartition(" + ")
     keys = (*SETTINGS, "seed", "variant")
     if same[0]["method"] == "npid_distill" and not any(row["variant"] == base for row in rows):
         base, keys = "moco", ("dataset", "images", "arch", "seed", "variant")
     if not base or "unpaired" in term:
         return []
-    others = group(rows, keys)
-    pairs = [(row, others.get((*(row.get(key) for key in keys[:-1]), base), [{}])[0]) for row in same]
-    return [a["probe_top1"] - b["probe_top1"] for a, b in pairs if {"probe_top1"} <= a.keys() & b.keys()]
+    others = group([row for row in rows if "probe_top1" in row], keys)
+    found = []
+    for row in same:
+        partners = others.get((*(row.get(key) for key in keys[:-1]), base), [])
+        if partners and "probe_top1" in row:
+            nearest = min(partners, key=lambda other: abs(other.get("minutes", 0) - row.get("minutes", 0)))
+            found.append(row["probe_top1"] - nearest["probe_top1"])
+    return found
 
 
 def table(rows: list[dict]) -> str:
