@@ -40,6 +40,15 @@ def test_an_effect_is_the_mean_of_differences_within_a_seed_and_its_interval_stu
     assert tables.interval([]) == "" and tables.interval([-1.0]) == "-1.0"
 
 
+def test_npid_as_a_whole_stands_against_the_moco_of_the_nearest_minutes():
+    rows = [row(variant="moco", epochs=e, minutes=m, probe_top1=v)
+            for e, m, v in ((9, 12.0, 50), (17, 23.0, 60))]
+    rows += [row(method="npid_distill", variant="NPID + calibration", epochs=e, minutes=m, probe_top1=v)
+             for e, m, v in ((22, 15.0, 51), (32, 22.0, 58))]
+    effects = [line["effect on probe"] for line in cells(tables.table(rows)) if line["variant"] != "moco"]
+    assert effects == ["+1.0", "-2.0"]
+
+
 def test_a_line_has_the_mean_of_its_seeds_and_the_flags_that_differ_and_the_control_its_loss():
     rows = [row(seed=s, knn_top1=v) for s, v in ((0, 40.0), (1, 50.0))]
     rows += [row(variant="simclr + fusion (one), unpaired", train_loss=4.5), row(variant="moco, unpaired")]
