@@ -38,6 +38,8 @@ TABLES = {
                      "fusion has a shortcut."),
     "bassl-plug": ("BA-SSL in front of other frameworks", "Published: up to +1.25 on ImageNet-100."),
     "npid-terms": ("NPID, term by term", "Each line adds one term to the line above it."),
+    "npid-scale": ("How strong NPID's terms are", "The bank's momentum and the distillation's weight around "
+                   "their defaults; on held-out images."),
     "npid-moco": ("NPID against MoCo v2", "Over shares of the images and over networks, in about the same "
                   "minutes; `effect` is NPID minus MoCo v2."),
     "npid-long": ("NPID against MoCo v2, longer", "On the same images, in about the same minutes; `effect` "
@@ -169,9 +171,16 @@ def varied(row: dict, rows: list[dict]) -> str:
     return " ".join(f"--{name.replace('_', '-')} {row['config'][name]}" for name in names)
 
 
+def unlike(row: dict, other: dict) -> tuple[int, float]:
+    """How far two runs are apart: flags that differ, then minutes."""
+    flags = [row["config"].get(name) != value for name, value in other["config"].items()]
+    return sum(flags), abs(row["minutes"] - other["minutes"])
+
+
 def differences(same: list[dict], rows: list[dict]) -> list[float]:
     """The probe of the runs of a line minus that of rows without its last term, same settings, same seed.
-    NPID as a whole stands against MoCo v2 on the same images, in the nearest minutes."""
+    NPID as a whole stands against MoCo v2 on the same images. Of several such rows the one that differs in
+    the fewest flags counts, then the one of the nearest minutes."""
     base, _, term = same[0]["variant"].rpartition(" + ")
     keys = (*SETTINGS, "seed", "variant")
     if same[0]["method"] == "npid_distill" and not any(row["variant"] == base for row in rows):
@@ -183,8 +192,8 @@ def differences(same: list[dict], rows: list[dict]) -> list[float]:
     for row in same:
         partners = others.get((*(row.get(key) for key in keys[:-1]), base), [])
         if partners and "probe_top1" in row:
-            nearest = min(partners, key=lambda other: abs(other.get("minutes", 0) - row.get("minutes", 0)))
-            found.append(row["probe_top1"] - nearest["probe_top1"])
+            partner = min(partners, key=lambda other: unlike(row, other))
+            found.append(row["probe_top1"] - partner["probe_top1"])
     return found
 
 

@@ -17,7 +17,7 @@ import tables  # noqa: E402
 def row(**other):
     base = dict(dataset="shapes", pretrained_on="shapes", method="bassl", variant="simclr", arch="resnet10")
     base |= dict(stem="cifar", view=16, images=100, epochs=2, batch=64, effective_lr=0.1, split="test")
-    return base | dict(seed=0, fraction=1.0, device="x", minutes=1.0, train_loss=3.0) | other
+    return base | dict(seed=0, fraction=1.0, device="x", minutes=1.0, train_loss=3.0, config={}) | other
 
 
 def cells(text):
@@ -40,13 +40,17 @@ def test_an_effect_is_the_mean_of_differences_within_a_seed_and_its_interval_stu
     assert tables.interval([]) == "" and tables.interval([-1.0]) == "-1.0"
 
 
-def test_npid_as_a_whole_stands_against_the_moco_of_the_nearest_minutes():
+def test_a_partner_is_the_run_of_the_fewest_other_flags_then_of_the_nearest_minutes():
     rows = [row(variant="moco", epochs=e, minutes=m, probe_top1=v)
             for e, m, v in ((9, 12.0, 50), (17, 23.0, 60))]
-    rows += [row(method="npid_distill", variant="NPID + calibration", epochs=e, minutes=m, probe_top1=v)
-             for e, m, v in ((22, 15.0, 51), (32, 22.0, 58))]
+    npid = dict(method="npid_distill", variant="NPID + calibration")
+    rows += [row(**npid, epochs=e, minutes=m, probe_top1=v) for e, m, v in ((22, 15.0, 51), (32, 22.0, 58))]
     effects = [line["effect on probe"] for line in cells(tables.table(rows)) if line["variant"] != "moco"]
-    assert effects == ["+1.0", "-2.0"]
+    assert effects == ["+1.0", "-2.0"], "NPID as a whole stands against MoCo v2"
+    rows = [row(variant="NPID", config={"momentum": m, "kl": 0}, minutes=9 * m, probe_top1=v)
+            for m, v in ((0.2, 40), (0.5, 50))]
+    rows.append(row(variant="NPID + kl", config={"momentum": 0.5, "kl": 1}, minutes=1.8, probe_top1=53))
+    assert cells(tables.table(rows))[-1]["effect on probe"] == "+3.0", "one other flag, not two"
 
 
 def test_a_line_has_the_mean_of_its_seeds_and_the_flags_that_differ_and_the_control_its_loss():
