@@ -3,7 +3,8 @@
     python results/tables.py NAME            # the rows below runs/NAME -> results/NAME.jsonl and a table
     python results/tables.py NAME FOLDER...  # the same of the rows below these folders
     python results/tables.py --rows FILE...  # print the table of these results.jsonl files
-    python results/tables.py --check         # every committed row's scripts are in the history, as they were
+    python results/tables.py --check         # every committed row's scripts are in the history, as they were;
+                                             # says how many rows are of older scripts than those here now
     python results/tables.py --readme        # write results/README.md from the committed rows
 
 A line is one run, or runs that differ in the seed alone: mean ± standard deviation. Where the variant is
@@ -42,8 +43,8 @@ TABLES = {
                    "their defaults; on held-out images."),
     "npid-moco": ("NPID against MoCo v2", "Over shares of the images and over networks, in about the same "
                   "minutes; `effect` is NPID minus MoCo v2."),
-    "npid-long": ("NPID against MoCo v2, longer", "On the same images, in about the same minutes; `effect` "
-                  "is NPID minus MoCo v2."),
+    "npid-long": ("NPID against MoCo v2, longer", "On the same images; the shorter budget gives NPID a quarter "
+                  "more of the minutes, the longer one the same; `effect` is NPID minus MoCo v2."),
     "published": ("Full size", "The recipes of the papers and peers; rows are added as a GPU is at hand."),
     "study": ("The study", "Augmentations against algorithms: every cell, and the main effects below."),
 }
