@@ -21,7 +21,8 @@ HALF   := $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$(( cores > $(SIDE)
 .SECONDARY:
 
 help:
-	@echo 'make demo          install, draw a data set, pretrain, probe, print a table: minutes on two CPU cores'
+	@echo 'make setup         torch, torchvision, numpy and pytest into .venv'
+	@echo 'make demo          that, draw a data set, pretrain, probe, print a table: minutes on two CPU cores'
 	@echo 'make cifar10       pretrain -> probe -> table; likewise cifar100 tinyimagenet imagenet100 imagenet1k'
 	@echo 'make NAME          the table of results/NAME.sh: $(TABLES)'
 	@echo 'make test          the test suite          make soak    the checks that take longer'
@@ -57,7 +58,7 @@ $(OUT)/%/pretrained: force | $(ENV)
 $(OUT)/%/random/probed: force | $(ENV)
 	$(PYTHON) linear_probe.py --random --dataset $(set) --data $(DATA) --cache $(CACHE) --out $(@D) $(PROBE)
 $(OUT)/%/probed: $(OUT)/%/pretrained
-	$(PYTHON) linear_probe.py --backbone $(@D)/backbone.pt --cache $(CACHE) $(PROBE)
+	$(PYTHON) linear_probe.py --backbone $(@D)/backbone.pt --data $(DATA) --cache $(CACHE) $(PROBE)
 force:
 
 # Each is a list of commands that can be pasted, and ends in its table.

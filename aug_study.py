@@ -2,7 +2,7 @@
 both (arXiv 2403.05726).
 
     python aug_study.py --methods simclr --augs simclr --dataset cifar10    # pretrain one baseline
-    python aug_study.py --methods moco --augs multicrop --dataset cifar10
+    python aug_study.py --methods moco --augs multicrop --dataset cifar10 --out runs/cifar10/moco
     python aug_study.py --effects results/study.jsonl                       # effects of the rows of a study
 
 The template: augment -> encoder -> projector -> predictor or none on the online branch; a target branch that
@@ -50,7 +50,7 @@ RECIPES = {
     "small": dict(arch="resnet10", stem="auto", view=16, batch=128, epochs=2, limit=0,
                   optimizer="adamw", lr=0.004, wd=5e-4, warmup=0.0,
                   temperature=0.2, queue=4096, momentum_end=1.0),
-    # The demo: four minutes in all.
+    # The demo: minutes in all.
     "small shapes": dict(stem="imagenet", view=24, batch=64, epochs=3, lr=0.008, limit=5120),
     "small tinyimagenet": dict(stem="imagenet", view=64, epochs=3, limit=20_000),
     # lightly's CIFAR-10 benchmark: SGD 0.06 at batch 128 (SwAV: Adam there). Temperature: solo-learn's CIFAR.
@@ -88,8 +88,10 @@ def in_float32(loss: Callable) -> Callable:
 
     @functools.wraps(loss)
     def guarded(*args, **options):
-        with torch.autocast(args[0].device.type, enabled=False):
-            return loss(*map(widen, args), **options)
+        args, options = [*map(widen, args)], {name: widen(x) for name, x in options.items()}
+        device = next(x.device for x in (*args, *options.values()) if isinstance(x, Tensor))
+        with torch.autocast(device.type, enabled=False):
+            return loss(*args, **options)
     return guarded
 
 
@@ -475,7 +477,7 @@ def effects(accuracy: dict[tuple[Cell, int], float]) -> list[dict]:
 
 
 # Student's t, 97.5 %, by degrees of freedom; the last one for more.
-T_975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def mean_and_half(values: list[float]) -> tuple[float, float]:
@@ -510,7 +512,8 @@ def effects_table(path: str) -> str:
     for row in study_effects(path):
         spread = "" if row["half"] is None else f" ± {row['half']:.1f}"
         counts = f"{row['pairs']} x {len(row['per_seed'])}"
-        lines.append(f"| {row['factor']} | {row['mean']:+.1f}{spread} | {counts} | {row['published']} |")
+        mean = round(row["mean"], 1) + 0.0  # no -0.0
+        lines.append(f"| {row['factor']} | {mean:+.1f}{spread} | {counts} | {row['published']} |")
     return "\n".join(lines)
 
 

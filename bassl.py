@@ -57,7 +57,7 @@ RECIPES = {
     "small": dict(arch="resnet10", stem="auto", view=16, batch=128, epochs=2, limit=0,
                   optimizer="adamw", lr=0.004, wd=5e-4, warmup=0.0,
                   temperature=0.2, queue=4096, momentum_end=1.0),
-    # The demo: four minutes in all.
+    # The demo: minutes in all.
     "small shapes": dict(stem="imagenet", view=24, batch=64, epochs=3, lr=0.008, limit=5120),
     "small tinyimagenet": dict(stem="imagenet", view=64, epochs=3, limit=20_000),
     # lightly's CIFAR-10 benchmark: SGD 0.06 at batch 128. Temperature: solo-learn's CIFAR.
@@ -92,7 +92,8 @@ def patch_partition(x: Tensor, patch: int) -> Tensor:
 
 
 def patch_restore(tokens: Tensor, patch: int, channels: int, image_size: int) -> Tensor:
-    """(B, N, D) -> (B, C, S, S), the exact inverse of patch_partition; ValueError where N, D do not fit."""
+    """(B, N, D) -> (B, C, S, S), the exact inverse of patch_partition on square images;
+    ValueError where N, D do not fit."""
     n, d = tokens.shape[1:]
     if n * patch**2 != image_size**2 or d != channels * patch**2:
         raise ValueError(f"tokens of shape {tuple(tokens.shape)} are no images of {image_size} pixels and "
@@ -165,8 +166,10 @@ def in_float32(loss: Callable) -> Callable:
 
     @functools.wraps(loss)
     def guarded(*args, **options):
-        with torch.autocast(args[0].device.type, enabled=False):
-            return loss(*map(widen, args), **options)
+        args, options = [*map(widen, args)], {name: widen(x) for name, x in options.items()}
+        device = next(x.device for x in (*args, *options.values()) if isinstance(x, Tensor))
+        with torch.autocast(device.type, enabled=False):
+            return loss(*args, **options)
     return guarded
 
 

@@ -85,7 +85,7 @@ class RunConfig:
     wd: float | None = None          # weight decay
     warmup: float | None = None      # epochs of linear warm-up before the cosine; at most a tenth of the run
     limit: int | None = None         # train on the first N images of a fixed shuffle; 0 = all
-    seed: int = 0                    # of weights, order, views; same seed, machine and versions: same result
+    seed: int = 0                    # of weights, order, views; the same repeats a run, see deterministic
     out: str = ""                    # folder of this run; empty = runs/<dataset>/<method>
     cache: str = "cache"             # folder that keeps decoded images for later runs
     workers: int = 0                 # threads that decode images, once per set; 0 = one a core
@@ -97,7 +97,7 @@ class RunConfig:
     save_every: float = 10.0         # minutes between checkpoints; 0 = every step. The end is always saved
     minutes: float = 0.0             # save and stop with status 3 after this many minutes; 0 = run to the end
     deterministic: bool = False      # torch's deterministic algorithms: bit-exact repeats on CUDA too
-    preview: bool = False            # write OUT/preview.png, a grid of the network's inputs, and stop
+    preview: bool = False            # write OUT/preview.png, a grid of training views, and stop
 
 
 # May differ between a checkpoint and the run that resumes it: where and how to compute, not what.
@@ -127,8 +127,10 @@ def parse(config_class: type, doc: str, argv: list[str] | None = None, recipes: 
         comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(owner), re.M))
         for name, kind in typing.get_type_hints(owner).items():
             default = getattr(owner, name)
-            shown = "recipe" if default is None else default
-            options = {"default": default, "help": f"{comments[name]} [{shown}]".replace("%", "%%")}
+            shown = f" [{default}]"
+            if default is None:  # a script without recipes says it in the comment
+                shown = " [recipe]" if recipes else ""
+            options = {"default": default, "help": f"{comments[name]}{shown}".replace("%", "%%")}
             if type(None) in typing.get_args(kind):  # int | None -> int
                 kind = typing.get_args(kind)[0]
             if kind is bool:
@@ -343,7 +345,9 @@ class ImageSet:
 
     def __post_init__(self):
         if self.rows is None:
-            self.rows, self.aspect = torch.arange(len(self.labels)), torch.ones(len(self.labels))
+            self.rows = torch.arange(len(self.labels))
+        if self.aspect is None:
+            self.aspect = torch.ones(len(self.labels))
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -36,18 +36,18 @@ from common import BatchAugment, ImageSet, RunError, UsageError, features, knn, 
 class Config:
     backbone: str = ""           # file: a backbone.pt of ours, or a state dict with torchvision's ResNet keys
     random: bool = False         # probe an untrained network instead
-    dataset: common.Dataset | None = None  # what to probe on; recipe = the backbone's own set, or shapes
-    data: str | None = None      # where the images are; recipe = where they were for the pretraining, or data
-    arch: common.Arch | None = None  # recipe = the backbone's own; of --random: the small or full recipe's
+    dataset: common.Dataset | None = None  # what to probe on; without: the backbone's own set, or shapes
+    data: str | None = None      # where the images are; without: where they were for the pretraining, or data
+    arch: common.Arch | None = None  # without: the backbone's; --random: the small or full recipe's
     stem: common.Stem = "auto"   # auto = the file's, or cifar up to 64 px
-    size: int | None = None      # pixels of the network's input; recipe = the set's own
+    size: int | None = None      # pixels of the network's input; without: the set's own
     split: Literal["test", "held-out"] = "test"  # held-out: fit on 9/10 of the training images, test on 1/10
     fraction: float = 1.0        # share of each class's training labels for probes and kNN, as 0.01 or 0.1
-    quick: bool = True           # compute probe_top1; 8 GB for ImageNet-1k with ResNet-50
-    epochs: int | None = None    # of the SGD probe, 0 = skip it; recipe = 100, and 0 after the small recipe
+    quick: bool = True           # compute probe_top1; ImageNet-1k with ResNet-50: 20 GB, half of it features
+    epochs: int | None = None    # of the SGD probe, 0 = skip it; without: 100, and 0 after the small recipe
     lr: float = 0.1              # SGD probe, at batch 256
     batch: int = 256             # SGD probe
-    seed: int | None = None      # of SGD probe, labels, random network; recipe = the pretraining's, or 0
+    seed: int | None = None      # of SGD probe, labels, random network; without: the pretraining's, or 0
     out: str = ""                # folder of results.jsonl; empty = the backbone's, or runs/<dataset>/random
     cache: str = "cache"         # folder that keeps decoded images for later runs
     workers: int = 0             # threads that decode images, once per set; 0 = one a core
@@ -321,9 +321,10 @@ def probe(cfg: Config) -> dict | None:
            "probe_data": cfg.data if cfg.dataset == "folder" else ""}
     there = [row for row in rows if all(row.get(name, value) == value for name, value in key.items())
              and (not cfg.epochs or row["linear_epochs"] in (0, cfg.epochs))]  # this row, or a part of it
-    if not cfg.neighbours and there and asked <= there[0].keys():
+    done = [row for row in there if asked <= row.keys()]
+    if done and not cfg.neighbours:
         common.say(f"nothing left to do: {results} has this probe's row")
-        return there[0]
+        return done[0]
 
     train, test = (images.to(device) for images in load_splits(cfg))
     began = time.monotonic()
@@ -347,7 +348,7 @@ def probe(cfg: Config) -> dict | None:
         if rank() == 0:
             results.parent.mkdir(parents=True, exist_ok=True)
             with common.replacing(results) as file:
-                lines = [json.dumps(r) for r in rows if r not in there] + [json.dumps(row)]
+                lines = [json.dumps(r) for r in rows if r not in there[:1]] + [json.dumps(row)]
                 file.write(("\n".join(lines) + "\n").encode())
 
     if rank() == 0:  # the others wait at the SGD probe, which all share, or are done

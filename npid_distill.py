@@ -1,7 +1,7 @@
 """Single-branch instance discrimination with a memory bank and self-distillation (arXiv 2404.19289).
 
     python npid_distill.py --dataset cifar10       # on a CPU the small recipe, on a GPU the official run
-    python npid_distill.py --dataset cifar10 --init random --update ema --lambda-kl 0 --cutmix 0  # plain NPID
+    python npid_distill.py --init random --update ema --lambda-kl 0 --cutmix 0 --out runs/plain # plain NPID
     torchrun --nproc-per-node=8 npid_distill.py --dataset imagenet100 --data DIR
 
 Each image is its own class; a memory bank holds one unit row per image, and p = softmax(z . w / tau)
@@ -10,10 +10,10 @@ its switch:
 - calibration (--init): rows start as a forward pass of the untrained network over every image;
 - gradient update (--update grad): rows follow the cross-entropy's gradient, negatives too, see grad_update;
 - self-distillation (--lambda-kl): KL(p' || u), u = p'^power renormalised, no gradient through u, see sqrt_kl.
-The two softmaxes differ: the cross-entropy divides cosines by tau, the KL term takes them as they are, as
-the official code does (--temper-kl divides them too). The gradient update is not in that code, and the
-paper's full text was not at hand: the use of the momentum in it is our reading. README, "Deviations in NPID",
-has the rest.
+The two softmaxes differ: the cross-entropy divides cosines by tau, p' of the KL term is of the cosines as
+they are, as in the official code (--temper-kl divides them too). The gradient update is not in that code, and
+the paper's full text was not at hand: the use of the momentum in it is our reading. README, "Deviations in
+NPID", has the rest.
 
 Shapes: B batch, N images, D embedding, K rows in play, L labels per sample (2 under CutMix).
 """
@@ -40,7 +40,7 @@ class Config:
     cutmix: float | None = None     # alpha of CutMix's Beta distribution, 0 = off
     tau: float = 0.2                # softmax temperature of the cross-entropy; official run.sh
     bank_momentum: float = 0.5      # m of the bank update; official run.sh
-    negatives: int | None = None    # rows sampled per step beside the batch's; 0 = all (CIFAR: 1 GB)
+    negatives: int | None = None    # rows sampled per step beside the batch's; 0 = all
     dim: int | None = None          # width of the embedding and of the bank
 
 
@@ -49,7 +49,7 @@ RECIPES = {
     # Two CPU cores: the other methods' network and views, fewer images more often.
     "small": dict(arch="resnet10", stem="auto", view=16, batch=128, epochs=32, limit=5120,
                   optimizer="sgd", lr=0.5, wd=1e-4, warmup=0.0, cutmix=0.0, negatives=10_000, dim=512),
-    # The demo: four minutes in all.
+    # The demo: minutes in all.
     "small shapes": dict(stem="imagenet", view=24, batch=64, epochs=30, limit=1000),
     "small tinyimagenet": dict(stem="imagenet", view=64, epochs=15, limit=10_000),
     # The official code's run.sh for CIFAR: SGD 1.0 at batch 512.
@@ -73,8 +73,10 @@ def in_float32(loss: Callable) -> Callable:
 
     @functools.wraps(loss)
     def guarded(*args, **options):
-        with torch.autocast(args[0].device.type, enabled=False):
-            return loss(*map(widen, args), **options)
+        args, options = [*map(widen, args)], {name: widen(x) for name, x in options.items()}
+        device = next(x.device for x in (*args, *options.values()) if isinstance(x, Tensor))
+        with torch.autocast(device.type, enabled=False):
+            return loss(*args, **options)
     return guarded
 
 
@@ -83,7 +85,7 @@ def sqrt_kl(logits: Tensor, power: float = 0.5) -> Tensor:
     """Self-distillation: KL(p || u), p = softmax(logits), u = p^power / Z, Z = sum p^power, u held still.
 
     logits (B, K); mean over B. Zero where p is uniform. u is flatter than p for powers below 1, so descending
-    the term flattens p: it holds the softmax back from certainty about rows that are an epoch old.
+    the term flattens p: it holds the softmax back from certainty about rows that lag behind the network.
     As log u = power log p - log Z, the value is (1 - power) sum p log p + log Z; and with u held still the
     gradient is (1 - power) times that of sum p log p, so that one softmax carries it.
     """

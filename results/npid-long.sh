@@ -1,5 +1,6 @@
 # NPID against MoCo v2 on the same images, two budgets, two seeds: accuracy over minutes and epochs is the
-# online kNN of the logs. Of one thread with bf16, 12 (MoCo v2) and 15 minutes, then 22 each; without, an hour and more.
+# online kNN of the logs. Of one thread with bf16, 12 (MoCo v2) and 15 minutes, then 22 each; without bf16 an
+# hour and more.
 set -e
 for epochs in "22 9" "32 17"; do  # NPID's, MoCo's
   npid=${epochs% *}

@@ -1,7 +1,7 @@
-# NPID against MoCo v2 in about the same minutes, MoCo rather more (its step sees two views, its target both
-# again): over shares of the images and over networks, three seeds. Three minutes of one thread
-# with bf16, seven without; all images and the larger networks half as long again. Probes on a tenth of the
-# labels.
+# NPID against MoCo v2 in about the same minutes (MoCo's step sees two views, its target both again): over
+# shares of the images, NPID up to a third more, and over networks, MoCo a tenth more; three seeds. Three
+# minutes of one thread with bf16, seven without; all images and the larger networks half as long again.
+# Probes on a tenth of the labels.
 set -e
 run() {  # run NAME SCRIPT FLAGS...
   out=runs/npid-moco/$1-$seed; shift

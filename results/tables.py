@@ -43,8 +43,8 @@ TABLES = {
                    "their defaults; on held-out images."),
     "npid-moco": ("NPID against MoCo v2", "Over shares of the images and over networks, in about the same "
                   "minutes; `effect` is NPID minus MoCo v2."),
-    "npid-long": ("NPID against MoCo v2, longer", "On the same images; the shorter budget gives NPID a quarter "
-                  "more of the minutes, the longer one the same; `effect` is NPID minus MoCo v2."),
+    "npid-long": ("NPID against MoCo v2, longer", "On the same images; the shorter budget gives NPID a "
+                  "quarter more of the minutes, the longer one the same; `effect` is NPID minus MoCo v2."),
     "published": ("Full size", "The recipes of the papers and peers; rows are added as a GPU is at hand."),
     "study": ("The study", "Augmentations against algorithms: every cell, and the main effects below."),
 }
@@ -122,7 +122,8 @@ def interval(differences: list[float]) -> str:
     """Mean of paired differences with the half width of its 95 % interval; without one for a single pair."""
     if len(differences) < 2:
         return "".join(f"{value:+.1f}" for value in differences)
-    return "{:+.1f} ± {:.1f}".format(*study().mean_and_half(differences))
+    mean, half = study().mean_and_half(differences)
+    return f"{round(mean, 1) + 0.0:+.1f} ± {half:.1f}"
 
 
 def markdown(lines: list[dict]) -> str:

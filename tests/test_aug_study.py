@@ -68,9 +68,10 @@ def test_swav_and_dino_equal_their_formulas_and_leave_the_target_alone():
 
 
 @pytest.mark.parametrize("loss", [
-    bassl.nt_xent, bassl.cosine_loss, lambda x, y: bassl.info_nce(x, y, y.roll(1, 0)),
+    lambda x, y: bassl.nt_xent(z1=x, z2=y), bassl.cosine_loss,
+    lambda x, y: bassl.info_nce(x, y, queue=y.roll(1, 0)),
     aug_study.barlow_loss, aug_study.vicreg_loss, aug_study.swav_loss,
-    lambda x, y: aug_study.dino_loss(x, y, 0), lambda x, _: npid_distill.sqrt_kl(x),
+    lambda x, y: aug_study.dino_loss(x, y, 0), lambda x, _: npid_distill.sqrt_kl(logits=x),
     lambda x, _: npid_distill.instance_ce(x, torch.arange(32)),
 ])
 def test_a_loss_stays_in_float32_under_autocast(loss):

@@ -145,13 +145,14 @@ def test_a_probe_that_dies_is_completed_and_one_of_more_protocols_takes_its_rows
     assert rows_of(backbone.parent) == [row] and row["knn_top1"] == half["knn_top1"] and "knn20_top1" in row
     row = probe("--backbone", backbone, "--no-quick", "--epochs", 1)
     assert rows_of(backbone.parent) == [row] and row["linear_epochs"] == 1 and "linear_top1" in row
+    longer = probe("--backbone", backbone, "--no-quick", "--epochs", 2)
     both = probe("--backbone", backbone, "--epochs", 0)
-    assert rows_of(backbone.parent) == [both] and both["linear_top1"] == row["linear_top1"]
+    assert rows_of(backbone.parent) == [longer, both] and both["linear_top1"] == row["linear_top1"]
     assert "probe_top1" in both and both["linear_epochs"] == 1
     probe("--backbone", backbone, "--no-quick", "--epochs", 1, "--lr", 0.3)
-    assert len(rows_of(backbone.parent)) == 2, "another rate is another probe"
+    assert len(rows_of(backbone.parent)) == 3, "another rate is another probe"
     probe("--backbone", backbone, "--no-quick", "--fraction", 0.5)
-    assert len(rows_of(backbone.parent)) == 3
+    assert len(rows_of(backbone.parent)) == 4
 
 
 def test_held_out_never_asks_for_the_test_split_and_its_parts_are_disjoint(few):
