@@ -50,7 +50,7 @@ RECIPES = {
     "small": dict(arch="resnet10", stem="auto", view=16, batch=128, epochs=2, limit=0,
                   optimizer="adamw", lr=0.004, wd=5e-4, warmup=0.0,
                   temperature=0.2, queue=4096, momentum_end=1.0),
-    # The demo: minutes in all.
+    # The demo.
     "small shapes": dict(stem="imagenet", view=24, batch=64, epochs=3, lr=0.008, limit=5120),
     "small tinyimagenet": dict(stem="imagenet", view=64, epochs=3, limit=20_000),
     # lightly's CIFAR-10 benchmark: SGD 0.06 at batch 128 (SwAV: Adam there). Temperature: solo-learn's CIFAR.
@@ -486,6 +486,11 @@ def mean_and_half(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), t * statistics.stdev(values) / math.sqrt(len(values))
 
 
+def points(mean: float, half: float | None = None) -> str:
+    """An effect as +1.0 ± 0.2, or +1.0 where there is no interval; never -0.0."""
+    return f"{round(mean, 1) + 0.0:+.1f}" + ("" if half is None else f" ± {half:.1f}")
+
+
 def study_effects(path: str) -> list[dict]:
     """The effects on probe_top1 that the rows of a .jsonl file tell. mean: over seeds; half: of the width of
     its 95 % interval by Student's t, None for one seed. UsageError where the file holds no study's rows."""
@@ -510,10 +515,9 @@ def effects_table(path: str) -> str:
     """The same as a Markdown table, beside the published effects."""
     lines = ["| factor | effect, points (95 %) | pairs x seeds | published |", "|---|---|---|---|"]
     for row in study_effects(path):
-        spread = "" if row["half"] is None else f" ± {row['half']:.1f}"
+        effect = points(row["mean"], row["half"])
         counts = f"{row['pairs']} x {len(row['per_seed'])}"
-        mean = round(row["mean"], 1) + 0.0  # no -0.0
-        lines.append(f"| {row['factor']} | {mean:+.1f}{spread} | {counts} | {row['published']} |")
+        lines.append(f"| {row['factor']} | {effect} | {counts} | {row['published']} |")
     return "\n".join(lines)
 
 

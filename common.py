@@ -85,7 +85,7 @@ class RunConfig:
     wd: float | None = None          # weight decay
     warmup: float | None = None      # epochs of linear warm-up before the cosine; at most a tenth of the run
     limit: int | None = None         # train on the first N images of a fixed shuffle; 0 = all
-    seed: int = 0                    # of weights, order, views; the same repeats a run, see deterministic
+    seed: int = 0                    # of weights, order, views; repeats a run, on CUDA with --deterministic
     out: str = ""                    # folder of this run; empty = runs/<dataset>/<method>
     cache: str = "cache"             # folder that keeps decoded images for later runs
     workers: int = 0                 # threads that decode images, once per set; 0 = one a core

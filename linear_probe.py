@@ -325,6 +325,8 @@ def probe(cfg: Config) -> dict | None:
     if done and not cfg.neighbours:
         common.say(f"nothing left to do: {results} has this probe's row")
         return done[0]
+    if not cfg.epochs:  # of rows with SGD probes of several lengths one is completed, the others stay
+        there = there[:1]
 
     train, test = (images.to(device) for images in load_splits(cfg))
     began = time.monotonic()
@@ -348,7 +350,7 @@ def probe(cfg: Config) -> dict | None:
         if rank() == 0:
             results.parent.mkdir(parents=True, exist_ok=True)
             with common.replacing(results) as file:
-                lines = [json.dumps(r) for r in rows if r not in there[:1]] + [json.dumps(row)]
+                lines = [json.dumps(r) for r in rows if r not in there] + [json.dumps(row)]
                 file.write(("\n".join(lines) + "\n").encode())
 
     if rank() == 0:  # the others wait at the SGD probe, which all share, or are done

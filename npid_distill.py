@@ -1,7 +1,7 @@
 """Single-branch instance discrimination with a memory bank and self-distillation (arXiv 2404.19289).
 
     python npid_distill.py --dataset cifar10       # on a CPU the small recipe, on a GPU the official run
-    python npid_distill.py --init random --update ema --lambda-kl 0 --cutmix 0 --out runs/plain # plain NPID
+    python npid_distill.py --init random --update ema --lambda-kl 0 --cutmix 0 --out runs/plain  # plain NPID
     torchrun --nproc-per-node=8 npid_distill.py --dataset imagenet100 --data DIR
 
 Each image is its own class; a memory bank holds one unit row per image, and p = softmax(z . w / tau)
@@ -49,7 +49,7 @@ RECIPES = {
     # Two CPU cores: the other methods' network and views, fewer images more often.
     "small": dict(arch="resnet10", stem="auto", view=16, batch=128, epochs=32, limit=5120,
                   optimizer="sgd", lr=0.5, wd=1e-4, warmup=0.0, cutmix=0.0, negatives=10_000, dim=512),
-    # The demo: minutes in all.
+    # The demo.
     "small shapes": dict(stem="imagenet", view=24, batch=64, epochs=30, limit=1000),
     "small tinyimagenet": dict(stem="imagenet", view=64, epochs=15, limit=10_000),
     # The official code's run.sh for CIFAR: SGD 1.0 at batch 512.

@@ -121,9 +121,8 @@ def spread(values: list[float], digits: int = 1) -> str:
 def interval(differences: list[float]) -> str:
     """Mean of paired differences with the half width of its 95 % interval; without one for a single pair."""
     if len(differences) < 2:
-        return "".join(f"{value:+.1f}" for value in differences)
-    mean, half = study().mean_and_half(differences)
-    return f"{round(mean, 1) + 0.0:+.1f} ± {half:.1f}"
+        return "".join(study().points(value) for value in differences)
+    return study().points(*study().mean_and_half(differences))
 
 
 def markdown(lines: list[dict]) -> str:
