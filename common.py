@@ -6,8 +6,10 @@ Shapes: B batch, N images, H pixels of a stored image, S pixels of a view.
 import argparse
 import contextlib
 import fcntl
+import functools
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -479,6 +481,7 @@ def list_tiny_imagenet_val(root: pathlib.Path) -> tuple[Files, list[str]]:
 def decode(path: str, size: int) -> tuple[np.ndarray, float]:
     """An image file as RGB, squashed to a square: (3, size, size) uint8, and the photo's width / height."""
     with Image.open(path) as image:
+        image.draft(None, (size, size))  # a JPEG of twice the pixels or more is decoded at a part of them
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips instead of scaling
             image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
@@ -734,6 +737,98 @@ def save_grid(path: pathlib.Path, views: Tensor, columns: int) -> None:
 # --------------------------------------------------------------------------------------- backbone, features
 
 
+@functools.cache
+def conv_terms(x_shape: torch.Size, weight_shape: torch.Size, stride: int, padding: int) -> list[dict]:
+    """The (output, tap, input) whose products make a convolution, as dicts from each output, from each tap
+    and from each input to its own. Positions count row by row; what a tap sees of the padding is no term."""
+    def along(size: int):
+        outputs = (size + 2 * padding - kernel) // stride + 1
+        met = [(o, t, o * stride + t - padding) for o in range(outputs) for t in range(kernel)]
+        return [(o, t, i) for o, t, i in met if 0 <= i < size]
+
+    height, width, kernel = *x_shape[2:], weight_shape[2]
+    wide, groups = (width + 2 * padding - kernel) // stride + 1, [{}, {}, {}]
+    for (o, t, i), (p, u, j) in itertools.product(along(height), along(width)):
+        term = o * wide + p, t * kernel + u, i * width + j
+        for group, position in zip(groups, term):
+            group.setdefault(position, []).append(term)
+    return groups
+
+
+def positions(x: Tensor) -> Tensor:
+    """(B, C, H, W), channels last -> (H W, B, C), a view; a weight (D, C, K, K) -> (K K, D, C)."""
+    return x.permute(2, 3, 0, 1).view(-1, *x.shape[:2])
+
+
+class MatmulConv(torch.autograd.Function):
+    """A convolution of x (B, C, H, W) with weight (D, C, K, K), channels last, without bias.
+
+    parts: which of "output", "input" and "weight", the result and the gradients into x and weight, are made
+    of one matmul a position, over the terms that it has; the others are the library's.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, stride: int, padding: int, parts: tuple[str, ...]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.options = stride, padding, parts
+        if "output" not in parts:
+            return F.conv2d(x, weight, None, stride, padding)
+        height, width = ((size + 2 * padding - weight.shape[2]) // stride + 1 for size in x.shape[2:])
+        y = x.new_empty(len(x), len(weight), height, width).to(memory_format=torch.channels_last)
+        xs, weights, ys = positions(x), positions(weight), positions(y)
+        for output, terms in conv_terms(x.shape, weight.shape, stride, padding)[0].items():
+            inputs = torch.cat([xs[i] for _, _, i in terms], 1)                     # (B, C a term)
+            ys[output] = inputs @ torch.cat([weights[t] for _, t, _ in terms], 1).T
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (x, weight), (stride, padding, parts) = ctx.saved_tensors, ctx.options
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        _, of_taps, of_inputs = conv_terms(x.shape, weight.shape, stride, padding)
+        x_grad = weight_grad = None
+        if ctx.needs_input_grad[0] and "input" not in parts:
+            x_grad = torch.nn.grad.conv2d_input(x.shape, weight, grad, stride, padding)
+        elif ctx.needs_input_grad[0]:
+            x_grad = torch.zeros_like(x)
+            weights, grads, x_grads = positions(weight), positions(grad), positions(x_grad)
+            for i, terms in of_inputs.items():
+                outputs = torch.cat([grads[o] for o, _, _ in terms], 1)             # (B, D a term)
+                x_grads[i] = outputs @ torch.cat([weights[t] for _, t, _ in terms])
+        if ctx.needs_input_grad[1] and "weight" not in parts:
+            weight_grad = torch.nn.grad.conv2d_weight(x, weight.shape, grad, stride, padding)
+        elif ctx.needs_input_grad[1]:
+            weight_grad = torch.zeros_like(weight)
+            xs, grads, weight_grads = positions(x), positions(grad), positions(weight_grad)
+            for t, terms in of_taps.items():
+                outputs = torch.cat([grads[o] for o, _, _ in terms])                # (B a term, D)
+                weight_grads[t] = outputs.T @ torch.cat([xs[i] for _, _, i in terms])
+        return x_grad, weight_grad, None, None, None
+
+
+def matmul_parts(pixels: int, weight: Tensor, dtype: torch.dtype) -> tuple[str, ...]:
+    """What of a convolution to results of `pixels` x `pixels` is faster by MatmulConv than by oneDNN, the
+    library: its kernels read all weights once an image, from beyond the cache where they are large, and its
+    gradients of few pixels are slower yet. From results/bench/convs.jsonl, 256 views on one core with AMX."""
+    few = pixels <= (4 if weight.numel() * dtype.itemsize > 2**21 else 2)
+    asked = {"output": few, "input": few or pixels <= 4 and weight.shape[2] == 1,
+             "weight": few or pixels <= 4 and dtype == torch.bfloat16}
+    return tuple(part for part, faster in asked.items() if faster)
+
+
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d without bias; on a CPU what is faster by MatmulConv goes that way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        pixels = (max(x.shape[2:]) + 2 * self.padding[0] - self.kernel_size[0]) // self.stride[0] + 1
+        parts = matmul_parts(pixels, self.weight, dtype) if x.is_cpu else ()
+        if not parts:
+            return super().forward(x)
+        x, weight = (t.to(dtype, memory_format=torch.channels_last) for t in (x, self.weight))
+        return MatmulConv.apply(x, weight, self.stride[0], self.padding[0], parts)
+
+
 def resnet(arch: str, stem: str) -> nn.Module:
     """torchvision's ResNet without classifier: (B, 3, H, W) -> (B, dim) average-pooled features, with .dim.
 
@@ -749,6 +844,9 @@ def resnet(arch: str, stem: str) -> nn.Module:
         model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
         model.maxpool = nn.Identity()
+    for module in model.modules():
+        if type(module) is nn.Conv2d:
+            module.__class__ = Conv2d  # weights, keys and initial values stay as they are
     return model
 
 
@@ -775,7 +873,8 @@ def features(encoder: nn.Module, images: ImageSet, size: int, device: torch.devi
 def knn(train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor,
         k: int = 200, temperature: float = 0.1) -> float:
     """Weighted kNN by cosine (Wu et al. 2018, 3.4): the k nearest, or all of fewer, vote with
-    exp(cos / temperature). Features (N, D) and (M, D) of any scale -> top-1 in percent."""
+    exp(cos / temperature), at temperature inf with 1 each; of equal classes the lowest is taken, as
+    scikit-learn does. Features (N, D) and (M, D) of any scale -> top-1 in percent."""
     train = F.normalize(train_features.float(), dim=1)
     classes, right = int(train_labels.max()) + 1, 0
     for rows, labels in zip(test_features.split(1000), test_labels.split(1000)):
@@ -974,8 +1073,6 @@ class Run:
             raise UsageError(f"images of {self.size} and views of {smallest} pixels: want 8 or more of each")
         if smallest <= stride:
             say(f"the last stage sees one pixel of a view of {smallest}")
-        if smallest <= stride // 2 and self.device.type == "cpu":
-            self.dtype = torch.float32  # oneDNN's bf16 leaves gradients of a strided 1 x 1 input unwritten
         limit = cfg.limit or (cfg.batch if cfg.preview else 0)
         images = load_images(cfg.dataset, cfg.data, "train", self.size, cfg.cache, cfg.workers, limit)
         if cfg.preview:  # of few images too

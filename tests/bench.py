@@ -3,6 +3,7 @@
     python tests/bench.py                                         # the recipe of this machine, each method
     python tests/bench.py --methods simclr npid --recipe cifar --out results/bench/steps.jsonl
     python tests/bench.py --photos DIR                            # images/s of decoding, map, augmentation
+    python tests/bench.py --convs                                 # convolutions, the library's and by matmul
 
 step: a step of the real training loop of CIFAR-10, all between two updates included, on random pixels.
 floor: forward and backward of the same network on as many resident random views at the same precision, and
@@ -174,15 +175,78 @@ def bench_photos(folder: str, batch: int = 128) -> list[dict]:
     return rows
 
 
+def shapes_of_convs(arch: str, stem: str, view: int) -> set[tuple]:
+    """(channels in, out, kernel, stride, pixels of the map) of every convolution of a network."""
+    found, network = set(), common.resnet(arch, stem).to("meta")
+
+    def note(conv, inputs):
+        pixels = inputs[0].shape[-1]
+        found.add((conv.in_channels, conv.out_channels, conv.kernel_size[0], conv.stride[0], pixels))
+
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_pre_hook(note)
+    network(torch.zeros(2, 3, view, view, device="meta"))
+    return found
+
+
+def bench_convs(batch: int = 256, largest: int = 12):
+    """Milliseconds of each convolution of ResNet-10 and 18 on maps of up to `largest` pixels: result, gradient
+    into the input, gradient into the weight; the library's and by matmul, in turns."""
+    names, device = ("output", "input", "weight"), torch.device("cpu")
+    shapes = set().union(*(shapes_of_convs(arch, stem, view) for arch in ("resnet10", "resnet18")
+                           for stem in ("cifar", "imagenet") for view in (16, 24, 32)))
+    for dtype in (torch.bfloat16, torch.float32):
+        for channels, filters, kernel, stride, pixels in sorted(shapes, key=lambda shape: shape[::-1]):
+            if pixels > largest:
+                continue
+            options = stride, kernel // 2
+            x, weight = torch.randn(batch, channels, pixels, pixels), torch.randn(filters, channels, kernel, kernel)
+            x, weight = (t.to(dtype, memory_format=torch.channels_last) for t in (x, weight))
+            grad = torch.randn_like(torch.nn.functional.conv2d(x, weight, None, *options))
+            seconds = collections.defaultdict(list)
+            for turn in range(8):
+                for parts in ((), names):
+                    for part in names:
+                        ctx = Context(part, parts, x, weight, options)
+                        began = wait(device)
+                        if part == "output":
+                            common.MatmulConv.forward(ctx, x, weight, *options, parts)
+                        else:
+                            common.MatmulConv.backward(ctx, grad)
+                        seconds[part, bool(parts)].append(wait(device) - began)
+            row = {"convolution": f"{channels} -> {filters}, {kernel}x{kernel}, stride {stride}, {pixels} px"}
+            for (part, by_matmul), times in seconds.items():
+                label = "ms, by matmul" if by_matmul else "ms"
+                row[f"{part} {label}"] = round(1e3 * statistics.median(times[1:]), 2)
+            taken = common.matmul_parts(pixels, kernel, stride, dtype)
+            yield row | {"taken by matmul": " ".join(taken), "device": common.device_name(device),
+                         "precision": str(dtype).removeprefix("torch.")}
+
+
+class Context:
+    """What autograd hands to a backward pass, so that one gradient can be timed alone."""
+
+    def __init__(self, part: str, parts: tuple[str, ...], x, weight, options: tuple[int, int]):
+        self.saved_tensors, self.options = (x, weight), (*options, parts)
+        self.needs_input_grad = part == "input", part == "weight"
+
+    def save_for_backward(self, *_):
+        pass
+
+
 def main() -> None:
     it = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     it.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
     it.add_argument("--photos", metavar="DIR", help="photos: stages in place of steps")
+    it.add_argument("--convs", action="store_true", help="the convolutions of the networks in place of steps")
     it.add_argument("--out", metavar="FILE", help="append the rows to this .jsonl file")
     args, flags = it.parse_known_args()
     rows = (bench_method(name, flags) for name in args.methods)
     if args.photos:
         rows = bench_photos(args.photos)
+    if args.convs:
+        rows = bench_convs()
     for row in rows:
         print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
         if args.out:

@@ -67,6 +67,28 @@ def test_augmentation_runs_on_cuda_tensors_without_touching_the_host():
             assert views.device.type == "cuda" and views.shape == (8, 3, 32, 32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
+@pytest.mark.parametrize("kernel, stride, padding", [(1, 1, 0), (1, 2, 0), (3, 1, 1), (3, 2, 1), (7, 2, 3)])
+def test_a_convolution_of_few_pixels_equals_float64_with_both_gradients(kernel, stride, padding, dtype):
+    """On a CPU they are computed by matmul where that is faster; the library's own gradient into the weights
+    of a strided convolution of one pixel is wrong in bf16."""
+    draw, close = common.seeded("convolution"), 1e-2 if dtype == torch.bfloat16 else 1e-5
+    for height, width, filters in [*((n, n, 8) for n in range(1, 6)), (1, 3, 8), (4, 2, 8), (3, 4, 4096)]:
+        conv = torch.nn.Conv2d(16, filters, kernel, stride, padding, bias=False)
+        conv.__class__ = common.Conv2d
+        x = torch.randn(6, 16, height, width, generator=draw).to(dtype)
+        exact_x, exact_weight = (t.detach().to(dtype).double().requires_grad_() for t in (x, conv.weight))
+        want = torch.nn.functional.conv2d(exact_x, exact_weight, None, stride, padding)
+        grad = torch.randn(want.shape, generator=draw).to(dtype)
+        x.requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            got = conv(x)
+        for ours, exact in zip((got, *torch.autograd.grad(got, (x, conv.weight), grad)),
+                               (want, *torch.autograd.grad(want, (exact_x, exact_weight), grad.double()))):
+            scale = exact.detach().abs().max().item()
+            torch.testing.assert_close(ours.double(), exact, rtol=close, atol=close * scale)
+
+
 def test_lars_is_sgd_on_a_scaled_gradient_and_is_clipped_at_the_global_rate():
     draw, clipped = common.seeded("lars"), []
     ours = [torch.randn(shape, dtype=torch.float64, generator=draw) for shape in ((4, 3), (3,), ())]
