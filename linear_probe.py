@@ -6,9 +6,11 @@
     python linear_probe.py --random --dataset cifar10                       # an untrained network
     python linear_probe.py --backbone runs/shapes/bassl/backbone.pt --neighbours neighbours.png
 
-Features are the average-pooled outputs of the bare backbone in eval mode. Metrics are top-1 in percent:
+Features are the average-pooled outputs of the bare backbone in eval mode, in bf16 where the hardware has it
+(--amp); heads are fitted in float32. Metrics are top-1 in percent:
     knn_top1      cosine kNN, k = 200, T = 0.1 (lightly)
     knn20_top1    cosine kNN, k = 20, T = 0.07 (solo-learn)
+    knn10_top1    cosine kNN, k = 10, every neighbour one vote (single-file repos)
     probe_top1    logistic regression on cached features; L-BFGS, L2 chosen on a tenth of the training images
     linear_top1   SGD on normalised features: lr 0.1 x batch/256, momentum 0.9, no decay, cosine, views by
                   crop (0.08, 1) and flip
@@ -18,6 +20,7 @@ come.
 """
 import hashlib
 import json
+import math
 import pathlib
 import time
 import typing
@@ -52,13 +55,20 @@ class Config:
     cache: str = "cache"         # folder that keeps decoded images for later runs
     workers: int = 0             # threads that decode images, once per set; 0 = one a core
     device: str = "auto"         # auto = the accelerator that torch finds, else cpu
+    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # of features; auto = bf16 where the hardware has it
     neighbours: str = ""         # write a PNG, test images beside their nearest training images, and stop
 
 
-METRICS = ["knn_top1", "knn20_top1", "probe_top1", "linear_top1"]
+METRICS = ["knn_top1", "knn20_top1", "knn10_top1", "probe_top1", "linear_top1"]
 
 
 # ---------------------------------------------------------------------------------------------- protocols
+
+
+def autocast(cfg: Config, device: torch.device) -> torch.autocast:
+    """The precision of features."""
+    dtype = common.pick_dtype(cfg.amp, device)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -129,14 +139,18 @@ def sgd_probe(encoder: nn.Module, train: ImageSet, test: ImageSet, cfg: Config,
         whole = order.split(batch)[:len(train) // batch]
         for step, (images, aspect, index) in enumerate(train.batches(whole, device)):
             with torch.no_grad():
-                x = common.gather(encoder(augment(images, seeded(cfg.seed, epoch, step), aspect)))  # (B, D)
+                x = augment(images, seeded(cfg.seed, epoch, step), aspect)
+                with autocast(cfg, device):
+                    x = encoder(x)
+                x = common.gather(x.float())                                        # (B, D)
             loss = F.cross_entropy(head(x), labels[common.gather(index)])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             scheduler.step()
         common.live(f"SGD probe: epoch {epoch + 1}/{cfg.epochs}, loss {loss.item():.3f}")
-    x, y = features(encoder, test, cfg.size, device)
+    with autocast(cfg, device):
+        x, y = features(encoder, test, cfg.size, device)
     return accuracy(head.eval()(x), y)
 
 
@@ -313,13 +327,15 @@ def probe(cfg: Config) -> dict | None:
     beside = f"runs/{cfg.dataset}/random" if cfg.random else pathlib.Path(cfg.backbone).parent
     results = pathlib.Path(cfg.out or beside) / "results.jsonl"
     rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    asked = {"knn_top1", "knn20_top1"}
+    asked = {"knn_top1", "knn20_top1", "knn10_top1"}
     asked |= {"probe_top1"} if cfg.quick else set()
     asked |= {"linear_top1"} if cfg.epochs else set()
     key = {"dataset": cfg.dataset, "backbone": digest[:16], "split": cfg.split, "fraction": cfg.fraction,
            "probe_seed": cfg.seed, "size": cfg.size, "probe_lr": cfg.lr, "probe_batch": cfg.batch,
-           "probe_data": cfg.data if cfg.dataset == "folder" else ""}
-    there = [row for row in rows if all(row.get(name, value) == value for name, value in key.items())
+           "probe_data": cfg.data if cfg.dataset == "folder" else "",
+           "probe_precision": str(common.pick_dtype(cfg.amp, device)).removeprefix("torch.")}
+    older = {**key, "probe_precision": "float32"}  # what a row without a field has
+    there = [row for row in rows if all(row.get(name, older[name]) == value for name, value in key.items())
              and (not cfg.epochs or row["linear_epochs"] in (0, cfg.epochs))]  # this row, or a part of it
     done = [row for row in there if asked <= row.keys()]
     if done and not cfg.neighbours:
@@ -330,8 +346,9 @@ def probe(cfg: Config) -> dict | None:
 
     train, test = (images.to(device) for images in load_splits(cfg))
     began = time.monotonic()
-    train_x, train_y = features(encoder, train, cfg.size, device)
-    test_x, test_y = features(encoder, test, cfg.size, device)
+    with autocast(cfg, device):
+        train_x, train_y = features(encoder, train, cfg.size, device)
+        test_x, test_y = features(encoder, test, cfg.size, device)
     if cfg.neighbours:
         return draw_neighbours(cfg.neighbours, train, test, train_x, test_x)
     made = common.origin()
@@ -356,6 +373,7 @@ def probe(cfg: Config) -> dict | None:
     if rank() == 0:  # the others wait at the SGD probe, which all share, or are done
         add("knn_top1", knn(train_x, train_y, test_x, test_y))
         add("knn20_top1", knn(train_x, train_y, test_x, test_y, 20, 0.07))
+        add("knn10_top1", knn(train_x, train_y, test_x, test_y, 10, math.inf))
         if cfg.quick:
             add("probe_top1", quick_probe(train_x, train_y, test_x, test_y, len(train.classes)))
     del train_x, test_x

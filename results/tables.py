@@ -66,10 +66,11 @@ PUBLISHED = {
     ("arXiv 2311.09974", "linear_top1"): {
         "cifar10": {"bassl": 92.12}, "cifar100": {"bassl": 66.53}, "imagenet1k": {"bassl": 59.41}},
 }
-METRICS = {"knn_top1": "kNN", "knn20_top1": "kNN, k 20", "probe_top1": "probe", "linear_top1": "linear"}
+METRICS = {"knn_top1": "kNN", "knn20_top1": "kNN, k 20", "knn10_top1": "kNN, k 10",
+           "probe_top1": "probe", "linear_top1": "linear"}
 # Two runs are paired when they agree in these; rows that agree in all flags but the seed are one line.
 SETTINGS = ("dataset", "pretrained_on", "arch", "stem", "size", "view", "images", "epochs", "batch",
-            "effective_lr", "split", "fraction", "device", "precision")
+            "effective_lr", "split", "fraction", "device", "precision", "probe_precision")
 COLUMNS = ("batch", "epochs", "limit", "view", "arch", "stem", "size")  # flags with a column of their own
 ANY = ("seed", "out", "data", "cache", "workers", "device", "save_every", "minutes", "knn_every",
        "fuse", "gate")  # the last two stand in the variant's name where there is a fusion
@@ -90,7 +91,7 @@ def read_rows(paths: list[pathlib.Path]) -> list[dict]:
                 cfg = row.get("config", {})  # none for a network that was not trained
                 # A flag that is off counts as one that the script did not have yet.
                 flags = {name: value for name, value in cfg.items() if value and name not in ANY}
-                rows.append({"dataset": row["dataset"], **row, "view": cfg.get("view"), "flags": str(flags)})
+                rows.append({"dataset": row["dataset"], "probe_precision": "float32", **row, "view": cfg.get("view"), "flags": str(flags)})
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             fail(f"{path} holds no result rows ({error})")
     return rows

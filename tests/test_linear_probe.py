@@ -111,9 +111,9 @@ def test_torchvisions_own_state_dict_is_read_without_its_classifier(arch, tmp_pa
     model = torchvision.models.get_model(arch)
     torch.save(model.state_dict(), tmp_path / "theirs.pth")
     encoder, *kind = linear_probe.load_backbone(str(tmp_path / "theirs.pth"), arch)
-    model.fc, x = torch.nn.Identity(), torch.randn(2, 3, 64, 64)
-    want = model.eval()(x)
-    torch.testing.assert_close(encoder.eval()(x), want)
+    model.fc, x = torch.nn.Identity(), torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    want = model.double().eval()(x)
+    torch.testing.assert_close(encoder.double().eval()(x), want)
     assert kind == [arch, "imagenet"] and encoder.dim == want.shape[1]
     assert common.resnet(arch, "cifar").conv1.weight.shape == (64, 3, 3, 3)
 
