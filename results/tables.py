@@ -91,7 +91,8 @@ def read_rows(paths: list[pathlib.Path]) -> list[dict]:
                 cfg = row.get("config", {})  # none for a network that was not trained
                 # A flag that is off counts as one that the script did not have yet.
                 flags = {name: value for name, value in cfg.items() if value and name not in ANY}
-                rows.append({"dataset": row["dataset"], "probe_precision": "float32", **row, "view": cfg.get("view"), "flags": str(flags)})
+                rows.append({"dataset": row["dataset"], "probe_precision": "float32", **row,
+                             "view": cfg.get("view"), "flags": str(flags)})
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             fail(f"{path} holds no result rows ({error})")
     return rows

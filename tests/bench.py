@@ -191,8 +191,8 @@ def shapes_of_convs(arch: str, stem: str, view: int) -> set[tuple]:
 
 
 def bench_convs(batch: int = 256, largest: int = 12):
-    """Milliseconds of each convolution of ResNet-10 and 18 on maps of up to `largest` pixels: result, gradient
-    into the input, gradient into the weight; the library's and by matmul, in turns."""
+    """Milliseconds of each convolution of ResNet-10 and 18 on maps of up to `largest` pixels: result and
+    gradients into input and weight; the library's and by matmul, in turns."""
     names, device = ("output", "input", "weight"), torch.device("cpu")
     shapes = set().union(*(shapes_of_convs(arch, stem, view) for arch in ("resnet10", "resnet18")
                            for stem in ("cifar", "imagenet") for view in (16, 24, 32)))
@@ -201,8 +201,9 @@ def bench_convs(batch: int = 256, largest: int = 12):
             if pixels > largest:
                 continue
             options = stride, kernel // 2
-            x, weight = torch.randn(batch, channels, pixels, pixels), torch.randn(filters, channels, kernel, kernel)
-            x, weight = (t.to(dtype, memory_format=torch.channels_last) for t in (x, weight))
+            shapes_of_both = (batch, channels, pixels, pixels), (filters, channels, kernel, kernel)
+            x, weight = (torch.randn(shape).to(dtype, memory_format=torch.channels_last)
+                         for shape in shapes_of_both)
             grad = torch.randn_like(torch.nn.functional.conv2d(x, weight, None, *options))
             seconds = collections.defaultdict(list)
             for turn in range(8):
@@ -219,7 +220,7 @@ def bench_convs(batch: int = 256, largest: int = 12):
             for (part, by_matmul), times in seconds.items():
                 label = "ms, by matmul" if by_matmul else "ms"
                 row[f"{part} {label}"] = round(1e3 * statistics.median(times[1:]), 2)
-            taken = common.matmul_parts(pixels, kernel, stride, dtype)
+            taken = common.matmul_parts(grad.shape[2], weight, dtype)
             yield row | {"taken by matmul": " ".join(taken), "device": common.device_name(device),
                          "precision": str(dtype).removeprefix("torch.")}
 
