@@ -12,9 +12,13 @@ OUT     ?= runs
 SETS   := shapes cifar10 cifar100 tinyimagenet imagenet100 imagenet1k
 TABLES := $(patsubst results/%.sh,%,$(wildcard results/*.sh))
 ENV    := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/installed)
-# Where there is no GPU, two runs side by side on half of the cores each end sooner than one after the other.
-SIDE   := $(if $(shell command -v nvidia-smi),1,2)
-HALF   := $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$(( cores > $(SIDE) ? cores / $(SIDE) : 1 )))
+ifneq ($(words $(OUT)),1)
+$(error OUT="$(OUT)": want one folder without a space in its name, which make would take for two)
+endif
+# In a recipe: where torch finds no accelerator, two runs stand side by side on half of the cores each.
+SIDES  = side=$$($(PYTHON) -c 'import torch; print(2 - torch.accelerator.is_available())' 2>/dev/null || echo 2); \
+         cores=$$(getconf _NPROCESSORS_ONLN); export OMP_NUM_THREADS=$$(( cores > side ? cores / side : 1 ))
+FOUND  = --data '$(DATA)' --cache '$(CACHE)'
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test test-1 test-2 soak bench demo force $(SETS) $(TABLES)
@@ -42,7 +46,7 @@ setup: $(ENV)
 
 demo: shapes
 $(SETS): $(ENV)
-	+@OMP_NUM_THREADS=$(HALF) $(MAKE) --no-print-directory -j$(SIDE) \
+	+@$(SIDES); $(MAKE) --no-print-directory -j$$side \
 	  $(METHODS:%=$(OUT)/$@/%/pretrained) $(patsubst %,$(OUT)/$@/%/probed,$(METHODS) random)
 	@$(PYTHON) results/tables.py --rows $(patsubst %,$(OUT)/$@/%/results.jsonl,random $(METHODS))
 	@echo 'Files below $(OUT)/$@/, a folder a method: log.jsonl, backbone.pt, results.jsonl'
@@ -54,25 +58,27 @@ method = $(notdir $(@D))
 script = $(if $(filter bassl,$(method)),bassl.py,$(if $(filter npid,$(method)),npid_distill.py,$(if \
          $(filter simclr,$(method)),bassl.py --layers 0,aug_study.py --methods $(method))))
 $(OUT)/%/pretrained: force | $(ENV)
-	$(PYTHON) $(script) --dataset $(set) --data $(DATA) --cache $(CACHE) --out $(@D) $(ARGS)
-$(OUT)/%/random/probed: force | $(ENV)
-	$(PYTHON) linear_probe.py --random --dataset $(set) --data $(DATA) --cache $(CACHE) --out $(@D) $(PROBE)
+	$(PYTHON) $(script) --dataset $(set) $(FOUND) --out $(@D) $(ARGS)
+# An untrained network like the first method's.
+FIRST := $(firstword $(METHODS))
+$(OUT)/%/random/probed: $(OUT)/%/$(FIRST)/pretrained
+	$(PYTHON) linear_probe.py --random --backbone $(OUT)/$*/$(FIRST)/backbone.pt $(FOUND) --out $(@D) $(PROBE)
 $(OUT)/%/probed: $(OUT)/%/pretrained
-	$(PYTHON) linear_probe.py --backbone $(@D)/backbone.pt --data $(DATA) --cache $(CACHE) $(PROBE)
+	$(PYTHON) linear_probe.py --backbone $(@D)/backbone.pt $(FOUND) $(PROBE)
 force:
 
 # Each is a list of commands that can be pasted, and ends in its table.
 $(TABLES): $(ENV)
-	OMP_NUM_THREADS=$(HALF) PATH="$(abspath $(dir $(PYTHON))):$$PATH" bash results/$@.sh
+	$(SIDES); PATH="$(abspath $(dir $(PYTHON))):$$PATH" bash results/$@.sh
 
 # In two halves side by side: most of a test's time is a script that starts.
 test: $(ENV)
 	+@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 -O test-1 test-2
-FIRST := $(wildcard $(patsubst %,tests/test_%.py,cli bassl linear_probe recipes images cuda processes))
+HALF := $(wildcard $(patsubst %,tests/test_%.py,cli bassl linear_probe recipes images cuda processes))
 test-1:
-	$(PYTHON) -m pytest -q $(FIRST)
+	$(PYTHON) -m pytest -q $(HALF)
 test-2:
-	$(PYTHON) -m pytest -q $(filter-out $(FIRST),$(wildcard tests/test_*.py))
+	$(PYTHON) -m pytest -q $(filter-out $(HALF),$(wildcard tests/test_*.py))
 soak: $(ENV)
 	$(PYTHON) -m pytest -q tests -m soak
 bench: $(ENV)

@@ -1,28 +1,20 @@
-"""Augmentations against algorithms: eight methods in one template, and the effects of a factorial study of
-both (arXiv 2403.05726).
+"""Augmentations against algorithms: eight methods in one template (arXiv 2403.05726).
 
     python aug_study.py --methods simclr --augs simclr --dataset cifar10    # pretrain one baseline
-    python aug_study.py --methods moco --augs multicrop --dataset cifar10 --out runs/cifar10/moco
-    python aug_study.py --effects results/study.jsonl                       # effects of the rows of a study
+    python aug_study.py --methods moco --augs multicrop --dataset cifar10 --out runs/cifar10/moco-multicrop
+    python results/tables.py --effects results/study.jsonl                  # what the rows of a study tell
 
 The template: augment -> encoder -> projector -> predictor or none on the online branch; a target branch that
 shares the online weights (with or without its gradient) or follows them by momentum; a loss of one online
 view against one target view, averaged over every pair of a target (global) view and another online view. A
 method is one row of METHODS, an augmentation one row of AUGMENTATIONS. A study is a list of runs:
 results/study.sh.
-
-The effect of a factor is the mean of paired differences: with a(c) the accuracy of cell c and P the pairs
-(c, c') that differ in this factor alone, 1 / |P| sum over P of a(c') - a(c), per seed. No pair is made from
-a missing cell.
 Shapes: B batch, V views (global ones first), D embedding, K queue rows or prototypes.
 """
 import copy
 import dataclasses
 import functools
-import json
 import math
-import pathlib
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -41,7 +33,6 @@ class Config:
     temperature: float | None = None   # of simclr and moco
     queue: int | None = None           # moco's keys that serve as negatives
     momentum_end: float | None = None  # the momentum goes there from 0.99, by a cosine
-    effects: str = ""            # print the effects that the rows of this .jsonl file tell, and stop
 
 
 # Values of the flags that are not given, by --recipe; "cifar moco": what differs for a method or a set.
@@ -126,29 +117,29 @@ def cosine_loss(p: Tensor, z: Tensor) -> Tensor:
 
 @in_float32
 def barlow_loss(z1: Tensor, z2: Tensor, weight: float = 0.0051) -> Tensor:
-    """Barlow Twins (Zbontar et al. 2021, eq. 1): the cross-correlation (D, D) of two views (B, D) toward the
-    identity; weight: of the off-diagonal."""
+    """Barlow Twins (Zbontar et al. 2021, eq. 1) of two views (B, D), standardised over the batch, with
+    c = z1.T @ z2 / B (D, D): sum_i (1 - c_ii)^2 + weight * sum_{i != j} c_ij^2."""
     z = torch.stack([z1, z2])                                                    # (2, B, D)
     z = (z - z.mean(1, keepdim=True)) / (z.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
-    on = (z[0] * z[1]).mean(0)                               # (D,), the diagonal of c = z1.T @ z2 / B
-    # |z1.T z2|^2 = <z1 z1.T, z2 z2.T>: 2B/D of the work, an eighth at B 128, D 2048.
-    g1, g2 = z @ z.mT                                                            # (B, B) each
-    squares = (g1 * g2).sum() / z.shape[1] ** 2
-    return (1 - on).square().sum() + weight * (squares - on.square().sum())
+    diagonal = (z[0] * z[1]).mean(0)                                             # (D,)
+    gram1, gram2 = z @ z.mT                                                      # (B, B) each
+    squares = (gram1 * gram2).sum() / z.shape[1] ** 2        # sum of all c_ij^2, without the larger (D, D)
+    return (1 - diagonal).square().sum() + weight * (squares - diagonal.square().sum())
 
 
 @in_float32
 def vicreg_loss(z1: Tensor, z2: Tensor, invariance: float = 25.0, variance: float = 25.0,
                 covariance: float = 1.0) -> Tensor:
-    """VICReg (Bardes et al. 2022, scaled as its code) of (B, D): mean squared distance, hinge on the standard
-    deviation at 1, off-diagonal covariance."""
+    """VICReg (Bardes et al. 2022, scaled as its code) of two views (B, D), with the covariance c (D, D) of
+    each: invariance * mean (z1 - z2)^2 + variance * mean_i max(0, 1 - sqrt(c_ii)), mean over views,
+    + covariance * sum_{i != j} c_ij^2 / D, sum over views."""
     z = torch.stack([z1, z2])                                                    # (2, B, D)
     x = (z - z.mean(1, keepdim=True)) / math.sqrt(z.shape[1] - 1)                # x.T @ x is the covariance
-    on = x.square().sum(1)                                                       # (2, D), its diagonal
-    # x.T @ x and x @ x.T have equal sums of squares; the second, (B, B), is less work.
-    off_diagonal = (x @ x.mT).square().sum() - on.square().sum()
-    spread = F.relu(1 - (on + 1e-4).sqrt()).mean()
-    return invariance * F.mse_loss(*z) + variance * spread + covariance / z.shape[2] * off_diagonal
+    diagonal = x.square().sum(1)                                                 # (2, D)
+    squares = (x @ x.mT).square().sum()                      # sum of all c_ij^2, without the larger (D, D)
+    spread = F.relu(1 - (diagonal + 1e-4).sqrt()).mean()
+    off_diagonal = (squares - diagonal.square().sum()) / z.shape[2]
+    return invariance * F.mse_loss(*z) + variance * spread + covariance * off_diagonal
 
 
 @torch.no_grad()
@@ -182,7 +173,7 @@ def dino_loss(student: Tensor, teacher: Tensor, center: Tensor, temperature: flo
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the study. loss(online (B, D), target (B, D), memory: queue or centre, temperature) is
+    """One row of the study. loss(online (B, D), target (B, D), buffer: queue or centre, temperature) is
     called for every pair of views; it is symmetric where target_gradient is set."""
 
     loss: Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
@@ -318,12 +309,12 @@ class Template(nn.Module):
         targets = (z if shared else z.detach()).split(batch)
         online, targets = list(map(self.gather, online)), list(map(self.gather, targets))
         self.keys = torch.cat(targets).detach()                                  # (2B, D), B of all processes
-        memory = self.queue if self.method.queue else self.center
+        buffer = self.queue if self.method.queue else self.center
         pairs = [(v, g) for g in range(2) for v in range(len(online)) if v != g]
         symmetric = shared and not self.method.predictor                         # (0, 1) equals (1, 0)
         if symmetric:
             pairs.remove((0, 1))
-        losses = [self.method.loss(online[v], targets[g], memory, self.temperature) for v, g in pairs]
+        losses = [self.method.loss(online[v], targets[g], buffer, self.temperature) for v, g in pairs]
         if symmetric:
             losses.append(losses[0])                                             # of (1, 0), the first pair
         return torch.stack(losses).mean()
@@ -382,7 +373,9 @@ def train(cfg) -> None:
     except ValueError as error:
         raise UsageError(str(error)) from None
     views = AUGMENTATIONS[aug]
-    run = Run(cfg, "aug_study", name_variant(cfg, aug), local_size(cfg.view) if views.locals else cfg.view)
+    folder = "study-simclr" if cfg.methods == "simclr" else cfg.methods  # runs/<dataset>/simclr is bassl.py's
+    smallest = local_size(cfg.view) if views.locals else cfg.view
+    run = Run(cfg, "aug_study", name_variant(cfg, aug), folder, smallest)
     first, second, local = (augment.to(run.device) for augment in make_augments(aug, run.size, run.view))
     model = Template(resnet(cfg.arch, run.stem), method, cfg.temperature, cfg.queue, cfg.momentum_end, gather)
     run.start(model, model.encoder)
@@ -411,119 +404,8 @@ def name_variant(cfg, aug: str) -> str:
     return f"{cfg.methods}, {aug} views" + "".join(changed)
 
 
-# ---------------------------------------------------------------------------------------------- effects
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of a study without its seed; the switches as they are in it, on or off."""
-
-    method: str
-    aug: str
-    arch: str
-    predictor: str
-    momentum: str
-
-
-def cell_of(config: dict) -> Cell:
-    """The cell of a row's config."""
-    method = switched(config["methods"], config["predictor"], config["momentum"])
-    return Cell(config["methods"], config["augs"] or method.aug, config["arch"],
-                "on" if method.predictor else "off", "on" if method.momentum else "off")
-
-
-# Factor -> (field of Cell, from, to, published mean effect in points: arXiv 2403.05726).
-FACTORS = {
-    "BYOL's augmentations over SimCLR's": ("aug", "simclr", "byol", "+2.3"),
-    "multi-crop over SimCLR's augmentations": ("aug", "simclr", "multicrop", "+2.5"),
-    "momentum target on": ("momentum", "off", "on", "+1.8"),
-    "predictor on": ("predictor", "off", "on", "+0.3"),
-}
-
-
-def pair(cell: Cell, name: str, low: str, high: str) -> list[Cell]:
-    """The cells that differ from this one in field `name` alone, with it low and high. Methods are compared
-    as they come: their switches are part of them."""
-    if name == "method":
-        own = dict(augs=cell.aug, arch=cell.arch, predictor="default", momentum="default")
-        return [cell_of(own | {"methods": method}) for method in (low, high)]
-    return [dataclasses.replace(cell, **{name: value}) for value in (low, high)]
-
-
-def effects(accuracy: dict[tuple[Cell, int], float]) -> list[dict]:
-    """What the cells can tell: FACTORS, each method over simclr, each backbone over the smallest.
-
-    accuracy: (cell, seed) -> percent. per_seed: a seed's mean paired difference; pairs: their number in it.
-    """
-    factors, cells = dict(FACTORS), [cell for cell, _ in accuracy]
-    for method in dict.fromkeys(cell.method for cell in cells):
-        if method != "simclr":
-            factors[f"{method} over simclr"] = ("method", "simclr", method, "")
-    archs = sorted({cell.arch for cell in cells}, key=lambda arch: int(arch.removeprefix("resnet")))
-    for arch in archs[1:]:
-        factors[f"larger backbone: {arch} over {archs[0]}"] = ("arch", archs[0], arch, "")
-    rows = []
-    for factor, (name, low, high, published) in factors.items():
-        differences: dict[int, list[float]] = {}
-        for (cell, seed), value in accuracy.items():
-            first, second = pair(cell, name, low, high)
-            if cell == first and (second, seed) in accuracy:
-                differences.setdefault(seed, []).append(accuracy[second, seed] - value)
-        if differences:
-            per_seed = [statistics.mean(d) for d in differences.values()]
-            pairs = max(map(len, differences.values()))
-            rows.append({"factor": factor, "per_seed": per_seed, "pairs": pairs, "published": published})
-    return rows
-
-
-# Student's t, 97.5 %, by degrees of freedom; the last one for more.
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-
-
-def mean_and_half(values: list[float]) -> tuple[float, float]:
-    """The mean of two or more values, and half the width of its 95 % interval by Student's t."""
-    t = T_975[min(len(values) - 2, len(T_975) - 1)]
-    return statistics.mean(values), t * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def points(mean: float, half: float | None = None) -> str:
-    """An effect as +1.0 ± 0.2, or +1.0 where there is no interval; never -0.0."""
-    return f"{round(mean, 1) + 0.0:+.1f}" + ("" if half is None else f" ± {half:.1f}")
-
-
-def study_effects(path: str) -> list[dict]:
-    """The effects on probe_top1 that the rows of a .jsonl file tell. mean: over seeds; half: of the width of
-    its 95 % interval by Student's t, None for one seed. UsageError where the file holds no study's rows."""
-    from common import UsageError
-
-    try:
-        rows = [json.loads(line) for line in pathlib.Path(path).read_text().splitlines()]
-        rows = [row for row in rows if row["split"] == "test"]
-        accuracy = {(cell_of(row["config"]), row["seed"]): row["probe_top1"] for row in rows}
-        if len(accuracy) < len(rows):
-            raise ValueError("several rows of one cell and seed")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"--effects {path}: no rows of a study ({error})") from None
-    found = effects(accuracy)
-    for row in found:
-        values = row["per_seed"]
-        row["mean"], row["half"] = mean_and_half(values) if len(values) > 1 else (values[0], None)
-    return found
-
-
-def effects_table(path: str) -> str:
-    """The same as a Markdown table, beside the published effects."""
-    lines = ["| factor | effect, points (95 %) | pairs x seeds | published |", "|---|---|---|---|"]
-    for row in study_effects(path):
-        effect = points(row["mean"], row["half"])
-        counts = f"{row['pairs']} x {len(row['per_seed'])}"
-        lines.append(f"| {row['factor']} | {effect} | {counts} | {row['published']} |")
-    return "\n".join(lines)
-
-
 if __name__ == "__main__":
     from common import one_line_errors, parse
 
     with one_line_errors():
-        cfg = parse(Config, __doc__, recipes=RECIPES, by="methods")
-        print(effects_table(cfg.effects)) if cfg.effects else train(cfg)
+        train(parse(Config, __doc__, recipes=RECIPES, by="methods"))

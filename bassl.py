@@ -326,7 +326,10 @@ def train(cfg) -> None:
     """One pretraining run, start to finish; cfg as common.parse(Config, ...) gives it."""
     from common import BatchAugment, Run, UsageError, gather, resnet, save_grid
 
-    run = Run(cfg, "bassl", name_variant(cfg))
+    simclr = cfg.framework == "simclr"
+    folder = ("bassl" if cfg.layers else "simclr") if simclr else \
+        f"{'bassl' if cfg.layers else 'plain'}-{cfg.framework}"
+    run = Run(cfg, "bassl", name_variant(cfg), folder)
     encoder = resnet(cfg.arch, run.stem)
     framework = FRAMEWORKS[cfg.framework](encoder, cfg.temperature, cfg.queue, cfg.momentum,
                                           cfg.momentum_end, gather)

@@ -5,6 +5,7 @@ Shapes: B batch, N images, H pixels of a stored image, S pixels of a view.
 """
 import argparse
 import contextlib
+import dataclasses
 import fcntl
 import functools
 import hashlib
@@ -64,7 +65,25 @@ def one_line_errors():
         raise SystemExit(130) from None
 
 
-Dataset = Literal["shapes", "cifar10", "cifar100", "tinyimagenet", "imagenet100", "imagenet1k", "folder"]
+class DataSet(typing.NamedTuple):
+    """What is known of a set before it is read; list_images and load_images say how it is found."""
+
+    pixels: int                      # of a whole image, as networks see it
+    images: int                      # training images; 0 = as many as there are
+    small: bool                      # has a small recipe
+    folder: str                      # below --data, where it may lie: DIR/<folder>/{train,val,test}/<class>/
+
+
+DATASETS = {
+    "shapes": DataSet(32, 10_000, True, ""),  # drawn
+    "cifar10": DataSet(32, 50_000, True, "cifar10"),
+    "cifar100": DataSet(32, 50_000, True, "cifar100"),
+    "tinyimagenet": DataSet(64, 100_000, True, "tiny-imagenet-200"),
+    "imagenet100": DataSet(224, 126_689, False, "imagenet100"),
+    "imagenet1k": DataSet(224, 1_281_167, False, "imagenet1k"),
+    "folder": DataSet(224, 0, False, "folder"),  # your own
+}
+Dataset = Literal[tuple(DATASETS)]
 Arch = Literal["resnet10", "resnet18", "resnet34", "resnet50"]
 Stem = Literal["auto", "cifar", "imagenet"]
 
@@ -105,10 +124,6 @@ class RunConfig:
 # May differ between a checkpoint and the run that resumes it: where and how to compute, not what.
 FREE_FIELDS = {"data", "out", "workers", "cache", "device", "save_every", "minutes", "preview"}
 ALIASES = {"batch": ["-b", "--batch-size"], "data": ["--data-dir"]}
-SIZES = {"shapes": 32, "cifar10": 32, "cifar100": 32, "tinyimagenet": 64,
-         "imagenet100": 224, "imagenet1k": 224, "folder": 224}
-# Training images of the sets that have a small recipe.
-IMAGES = {"shapes": 10_000, "cifar10": 50_000, "cifar100": 50_000, "tinyimagenet": 100_000}
 
 
 def flag(name: str) -> str:
@@ -121,7 +136,8 @@ def parse(config_class: type, doc: str, argv: list[str] | None = None, recipes: 
     """Command line -> the fields of config_class, and of RunConfig where there are recipes (see resolve).
     A field's trailing comment is its --help text; wrong usage exits."""
     owners = [config_class, RunConfig] if recipes else [config_class]
-    parser = argparse.ArgumentParser(description=doc, epilog=show_recipes(recipes or {}), allow_abbrev=False,
+    epilog = show_recipes(recipes) if recipes else ""
+    parser = argparse.ArgumentParser(description=doc, epilog=epilog, allow_abbrev=False,
                                      usage="%(prog)s [flags]; --help lists them",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for title, owner in zip(("flags of this script", "flags of every script"), owners):
@@ -132,7 +148,8 @@ def parse(config_class: type, doc: str, argv: list[str] | None = None, recipes: 
             shown = f" [{default}]"
             if default is None:  # a script without recipes says it in the comment
                 shown = " [recipe]" if recipes else ""
-            options = {"default": default, "help": f"{comments[name]}{shown}".replace("%", "%%")}
+            text = comments.get(name, "")
+            options = {"default": default, "help": f"{text}{shown}".replace("%", "%%")}
             if type(None) in typing.get_args(kind):  # int | None -> int
                 kind = typing.get_args(kind)[0]
             if kind is bool:
@@ -142,7 +159,8 @@ def parse(config_class: type, doc: str, argv: list[str] | None = None, recipes: 
             else:
                 options |= {"type": kind, "metavar": kind.__name__.upper()}
             group.add_argument(flag(name), *ALIASES.get(name, []), **options)
-    cfg = parser.parse_args(argv)
+    defaults = {name: getattr(owner, name) for owner in owners for name in typing.get_type_hints(owner)}
+    cfg = parser.parse_args(argv, type("Flags", (argparse.Namespace,), {"defaults": defaults})())
     for name, value in vars(cfg).items():
         least = 2 if name == "batch" else 0
         if isinstance(value, (int, float)) and not least <= value <= 2**53:  # refuses nan too
@@ -155,7 +173,7 @@ def parse(config_class: type, doc: str, argv: list[str] | None = None, recipes: 
 def prefers_small(dataset: str, device: str) -> bool:
     """Whether the recipe of itself is the small one: for shapes, and on a CPU for every set that has one."""
     on_cpu = device == "cpu" or device == "auto" and not torch.accelerator.is_available()
-    return dataset == "shapes" or on_cpu and dataset in IMAGES
+    return dataset == "shapes" or on_cpu and DATASETS[dataset].small
 
 
 def resolve(cfg, recipes: dict[str, dict], by: str) -> None:
@@ -164,24 +182,21 @@ def resolve(cfg, recipes: dict[str, dict], by: str) -> None:
     recipes: "cifar" -> the values of all, "cifar moco", "cifar shapes" -> what differs for a method or a set.
     by: the field that names the method.
     """
-    size = cfg.size or SIZES[cfg.dataset]
+    size = cfg.size or DATASETS[cfg.dataset].pixels
     if cfg.recipe == "auto":
         small = prefers_small(cfg.dataset, cfg.device)
         cfg.recipe = "small" if small else "cifar" if size <= 64 else "imagenet"
-    if cfg.recipe == "small" and cfg.dataset not in IMAGES:
-        raise UsageError(f"--recipe small is for {', '.join(IMAGES)}, not for {cfg.dataset}")
-
-    def column(recipe: str) -> dict:
-        keys = (recipe, f"{recipe} {cfg.dataset}", f"{recipe} {getattr(cfg, by, '')}")
-        return {name: value for key in keys for name, value in recipes.get(key, {}).items()}
-
-    values = column(cfg.recipe)
+    if cfg.recipe == "small" and not DATASETS[cfg.dataset].small:
+        have = ", ".join(name for name, known in DATASETS.items() if known.small)
+        raise UsageError(f"--recipe small is for {have}, not for {cfg.dataset}")
+    values = {}
+    for key in (cfg.recipe, f"{cfg.recipe} {cfg.dataset}", f"{cfg.recipe} {getattr(cfg, by, '')}"):
+        values |= recipes.get(key, {})
     if cfg.optimizer not in (None, values["optimizer"]) and cfg.lr is None:  # a rate belongs to its optimizer
-        others = [column(name) for name in ("small", "cifar", "imagenet")]
-        fitting = [other for other in others if other["optimizer"] == cfg.optimizer]
-        if not fitting:
-            raise UsageError(f"--optimizer {cfg.optimizer}: no recipe has a rate for it; give --lr")
-        values |= {name: fitting[0][name] for name in ("lr", "wd", "warmup")}
+        raise UsageError(f"--optimizer {cfg.optimizer}: give --lr too")
+    for name, value in cfg.defaults.items():
+        if value is None:
+            cfg.defaults[name] = values[name]
     for name, value in vars(cfg).items():
         if value is None:
             setattr(cfg, name, values[name])
@@ -263,21 +278,21 @@ def broadcast(module: nn.Module) -> None:
 
 
 def origin() -> dict:
-    """What made a log or a row: commit, blobs (git's hash of each script's bytes), versions and command."""
-    folder, blobs = pathlib.Path(__file__).absolute().parent, {}
-    loaded = {os.path.abspath(getattr(m, "__file__", None) or "") for m in [*sys.modules.values()]}
-    for path in sorted(folder.glob("*.py")):
-        if str(path) in loaded:
-            data = path.read_bytes()
-            blobs[path.name] = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-    git = "git describe --always --dirty --abbrev=12"  # by a shell, which is no error where there is no git
-    sha = subprocess.run(git, shell=True, cwd=folder, capture_output=True, text=True).stdout.strip()
+    """What made a log or a row: commit, -dirty where a script differs from it, torch's version, command."""
+    folder = pathlib.Path(__file__).absolute().parent
+
+    def git(command: str) -> subprocess.CompletedProcess:  # by a shell, which is no error where git is not
+        return subprocess.run(f"git {command}", shell=True, cwd=folder, capture_output=True, text=True)
+
+    sha = git("rev-parse --short=12 HEAD").stdout.strip()
+    if sha and git("diff --quiet HEAD -- '*.py'").returncode:
+        sha += "-dirty"
     launcher = [pathlib.Path(sys.executable).name]
     if world() > 1:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", world()))  # processes on this node
         launcher = ["torchrun", f"--nnodes={world() // here}", f"--nproc-per-node={here}"]
-    return {"sha": sha or "unknown", "blobs": blobs, "torch": torch.__version__,
-            "command": shlex.join([*launcher, *sys.argv])}
+    command = shlex.join([*launcher, *sys.argv])
+    return {"sha": sha or "unknown", "torch": torch.__version__, "command": command}
 
 
 # --------------------------------------------------------------------------------------------------- images
@@ -344,6 +359,7 @@ class ImageSet:
     classes: list[str]              # their names
     rows: Tensor | None = None      # (N,), where each image stands in pixels; None = in their order
     aspect: Tensor | None = None    # (N,), width / height of photos squashed into H x H; None = all square
+    names: str = ""                 # digest of the files' names below the split's folder
 
     def __post_init__(self):
         if self.rows is None:
@@ -357,14 +373,15 @@ class ImageSet:
     def subset(self, index: Tensor) -> "ImageSet":
         """The images at these positions (M,), in this order; no pixel is copied."""
         index = index.to(self.rows.device)
-        return ImageSet(self.pixels, self.labels[index], self.classes, self.rows[index], self.aspect[index])
+        return dataclasses.replace(self, labels=self.labels[index], rows=self.rows[index],
+                                   aspect=self.aspect[index])
 
     def to(self, device: torch.device) -> "ImageSet":
         """On the device where the pixels fit, else as it is."""
         if self.pixels.nbytes > IN_MEMORY:
             return self
-        rows, aspect = self.rows.to(device), self.aspect.to(device)
-        return ImageSet(self.pixels.to(device), self.labels.to(device), self.classes, rows, aspect)
+        moved = {name: getattr(self, name).to(device) for name in ("pixels", "labels", "rows", "aspect")}
+        return dataclasses.replace(self, **moved)
 
     def batches(self, order: list[Tensor], device: torch.device):
         """This process's part of each index (B,): images (b, 3, H, H) uint8, aspect and index (b,)."""
@@ -393,18 +410,17 @@ class ImageSet:
 def load_images(dataset: str, data: str, split: str, size: int, cache: str = "cache", workers: int = 0,
                 limit: int = 0) -> ImageSet:
     """A set's "train" or "test" images for views of `size`; limit: the first of a fixed shuffle, 0 = all."""
-    root = pathlib.Path(data).resolve()
+    root = pathlib.Path(data).expanduser().resolve()
     stored = size if size <= 64 else round(size * 8 / 7)  # small images as they are, 256 pixels for 224
     if dataset == "shapes":
-        count, seed = {"train": (10_000, 0), "test": (2_000, 1)}[split]
+        count, seed = {"train": (DATASETS["shapes"].images, 0), "test": (2_000, 1)}[split]
         images = ImageSet(*draw_shapes(count, seed, size=stored), list(SHAPES))
     elif dataset in ("cifar10", "cifar100") and not (root / dataset / split).is_dir():
         images = download_cifar(dataset, root, split, stored)
     else:
-        files, classes = list_images(dataset, root, split)
-        if limit and limit < len(files):
-            files = [files[i] for i in torch.randperm(len(files), generator=seeded(0))[:limit].tolist()]
-        return decoded(files, classes, stored, pathlib.Path(cache) / f"{dataset}-{split}-{stored}px", workers)
+        place, files, classes = list_images(dataset, root, split)
+        store = pathlib.Path(cache).expanduser() / f"{dataset}-{split}-{stored}px"
+        return decoded(place, files, classes, stored, store, workers, limit)
     if limit and limit < len(images):
         images = images.subset(torch.randperm(len(images), generator=seeded(0))[:limit])
     return images
@@ -431,18 +447,17 @@ def download_cifar(dataset: str, root: pathlib.Path, split: str, size: int) -> I
     return ImageSet(pixels, torch.tensor(loaded.targets), loaded.classes)
 
 
-def list_images(dataset: str, root: pathlib.Path, split: str) -> tuple[Files, list[str]]:
-    """The files of a split that lies on disk, with their labels, and the names of its classes."""
-    own = "tiny-imagenet-200" if dataset == "tinyimagenet" else dataset  # the folder's name as published
+def list_images(dataset: str, root: pathlib.Path, split: str) -> tuple[pathlib.Path, Files, list[str]]:
+    """The folder of a split that lies on disk, its files with their labels, and the names of its classes."""
     names = [split] if split == "train" or dataset.startswith("cifar") else ["val", "test"]
-    places = [folder / name for folder in (root / own, root) for name in names]
+    places = [folder / name for folder in (root / DATASETS[dataset].folder, root) for name in names]
     if dataset == "folder" and split == "train":
         places.append(root)
     for place in places:
         if (place / "val_annotations.txt").is_file():
-            return list_tiny_imagenet_val(place)
+            return place, *list_tiny_imagenet_val(place)
         if place.is_dir():
-            return list_tree(place, IMAGENET100 if dataset == "imagenet100" else None)
+            return place, *list_tree(place, IMAGENET100 if dataset == "imagenet100" else None)
     looked = " or ".join(map(str, places))
     raise UsageError(f"no {split} images for {dataset}: no folder {looked}; see --data")
 
@@ -492,35 +507,50 @@ def decode(path: str, size: int) -> tuple[np.ndarray, float]:
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)), aspect
 
 
-def decoded(files: Files, classes: list[str], size: int, path: pathlib.Path, workers: int) -> ImageSet:
-    """The files as pixels, mapped from path-<digest>.u8, which is made once and shared by all runs.
+def decoded(place: pathlib.Path, files: Files, classes: list[str], size: int, path: pathlib.Path,
+            workers: int = 0, limit: int = 0) -> ImageSet:
+    """The files as pixels, mapped from path-<digest>.npy, which is made once and shared by all runs; limit:
+    the first of a fixed shuffle, out of the whole set's map where that is there.
 
-    It holds an aspect (float32) for each file, 0 = does not decode, then their pixels. The digest is of the
-    files' names: a file that changes under the same name is not seen.
+    Beside it a file of aspects, 0 = does not decode. The digest is of the files' names: a file that changes
+    under the same name is not seen.
     """
-    names, count = [file for file, _ in files], len(files)
-    digest = hashlib.sha256(b"\n".join(map(os.fsencode, names))).hexdigest()[:12]
-    store, total = path.with_name(f"{path.name}-{digest}.u8"), count * (4 + 3 * size * size)
+    def map_of(files: Files, name: str) -> pathlib.Path:
+        return path.with_name(f"{name}-{digest_of(file for file, _ in files)}.npy")
+
+    store, order = map_of(files, path.name), torch.arange(len(files))
+    if limit and limit < len(files):
+        order = torch.randperm(len(files), generator=seeded(0))[:limit]
+    chosen = [files[i] for i in order.tolist()]
+    if limit and not store.exists():
+        files, order = chosen, torch.arange(len(chosen))
+        store = map_of(files, f"{path.name}-first-{len(files)}")
     store.parent.mkdir(parents=True, exist_ok=True)
     if not store.exists():
         with open(store.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # a second run waits here until the first has made the map
             if not store.exists():
-                write_map(names, size, store, workers)
-    if store.stat().st_size != total:
-        raise RunError(f"{store} has not the {total} bytes that it was written with; remove it")
-    data = torch.from_file(str(store), size=total, dtype=torch.uint8)
-    aspect = data[:4 * count].view(torch.float32).clone()
-    rows = aspect.nonzero()[:, 0]
-    labels, aspect = torch.tensor([label for _, label in files])[rows], aspect[rows]
-    pixels = data[4 * count:].view(count, 3, size, size)
-    return ImageSet(pixels, labels, classes, rows, aspect)
+                write_map([file for file, _ in files], size, store, workers)
+    try:
+        pixels = torch.from_numpy(np.load(store, mmap_mode="c"))                    # (N, 3, size, size)
+        aspect = torch.from_numpy(np.load(store.with_suffix(".aspect.npy")))        # (N,)
+        rows = order[aspect[order] > 0]
+    except (OSError, ValueError, IndexError) as error:
+        raise RunError(f"{store} is not as it was written ({error}); remove it") from None
+    labels = torch.tensor([label for _, label in files])[rows]
+    names = digest_of(os.path.relpath(file, place) for file, _ in chosen)
+    return ImageSet(pixels, labels, classes, rows, aspect[rows], names)
+
+
+def digest_of(names: typing.Iterable[str]) -> str:
+    """Twelve hexadecimal digits that depend on the names and their order."""
+    return hashlib.sha256(b"\n".join(map(os.fsencode, names))).hexdigest()[:12]
 
 
 def write_map(files: list[str], size: int, store: pathlib.Path, workers: int) -> None:
     """Decode every file into its row of store; above 1 % that do not decode RunError, nothing written."""
-    began, aspects, bad = time.monotonic(), [], []
-    total = len(files) * (4 + 3 * size * size) / 1e9
+    began, aspects, bad, shape = time.monotonic(), [], [], (len(files), 3, size, size)
+    total = math.prod(shape) / 1e9
 
     def read(path: str) -> tuple[np.ndarray, float]:
         try:
@@ -535,7 +565,8 @@ def write_map(files: list[str], size: int, store: pathlib.Path, workers: int) ->
             raise RunError(f"{len(files)} decoded images take {total:.2f} GB, and {store.parent} has "
                            f"{free:.2f} GB left; --cache DIR may be on another disk, --limit N takes fewer")
         print(f"decoding {len(files)} images once into {total:.2f} GB: {store}", flush=True)
-        file.write(bytes(4 * len(files)))  # the place of the aspects, which are known at the end
+        # Written, not mapped: on a full disk a write is an error with a name, a mapped page's touch SIGBUS.
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
         for first in range(0, len(files), 1000):
             for pixels, aspect in pool.map(read, files[first:first + 1000]):
                 file.write(pixels)
@@ -548,8 +579,8 @@ def write_map(files: list[str], size: int, store: pathlib.Path, workers: int) ->
                 print(line, flush=True)
             if len(bad) > 0.01 * len(files):
                 raise RunError(f"{len(bad)} of {len(files)} images do not decode: {'; '.join(bad[:20])}")
-        file.seek(0)
-        file.write(np.array(aspects, np.float32))
+        with replacing(store.with_suffix(".aspect.npy")) as beside:  # the pixels take their name after it
+            np.save(beside, np.array(aspects, np.float32))
     if bad:
         print(f"left out {len(bad)} of {len(files)} images, not decodable: {'; '.join(bad)}", file=sys.stderr)
 
@@ -633,10 +664,16 @@ def gaussian_blur(x: Tensor, sigma: Tensor, on: Tensor, basis: Tensor) -> Tensor
     return band @ x @ band.transpose(2, 3)
 
 
-# Uniform numbers per sample: areas and ratios of ten boxes, top, left, flip, jitter and its four strengths,
-# gray, blur and its sigma, solarize.
-COLUMNS = [10, 10, 1, 1, 1, 1, 4, 1, 1, 1, 1]
-UNIFORMS = sum(COLUMNS)
+# Uniform numbers per sample, in this order: of the ten proposed boxes area and ratio, then place and flip,
+# whether there is jitter and its four strengths, gray, blur and its sigma, solarize.
+COLUMNS = {"area": 10, "ratio": 10, "top": 1, "left": 1, "flip": 1, "jitter": 1, "strength": 4, "gray": 1,
+           "blur": 1, "sigma": 1, "solarize": 1}
+UNIFORMS = sum(COLUMNS.values())
+
+
+def named_columns(uniforms: Tensor) -> dict[str, Tensor]:
+    """(B, UNIFORMS) -> name -> (B, number of columns)."""
+    return dict(zip(COLUMNS, uniforms.split([*COLUMNS.values()], 1)))
 
 
 class BatchAugment(nn.Module):
@@ -672,45 +709,48 @@ class BatchAugment(nn.Module):
             uniforms = uniforms.pin_memory()  # from pageable memory the copy would wait for the device
         uniforms = uniforms.to(images.device, non_blocking=True)
         aspect = None if aspect is None else aspect.repeat(views)
-        return self.apply(images.repeat(views, 1, 1, 1), uniforms, order, aspect)
+        return self.augment_with(images.repeat(views, 1, 1, 1), uniforms, order, aspect)
 
-    def boxes(self, u: Tensor, height: int, width: int, aspect: Tensor | None = None):
-        """RandomResizedCrop.get_params, vectorised: u (B, 22) -> top, left, height, width (B,), whole pixels.
+    def boxes(self, uniforms: Tensor, height: int, width: int, aspect: Tensor | None = None):
+        """RandomResizedCrop.get_params, vectorised: (B, UNIFORMS) -> top, left, height, width (B,), whole
+        pixels.
 
         The first of ten proposals that fits is taken; where none does, the largest centred box within the
         ratios. A ratio is of the photo: in pixels squashed by aspect it is divided by it.
         """
-        squash = torch.ones_like(u[:, :1]) if aspect is None else aspect[:, None]   # (B, 1)
-        area = height * width * (self.scale[0] + u[:, :10] * (self.scale[1] - self.scale[0]))
-        ratio = torch.exp(math.log(3 / 4) + u[:, 10:20] * math.log(16 / 9)) / squash
+        u = named_columns(uniforms)
+        squash = torch.ones_like(u["top"]) if aspect is None else aspect[:, None]   # (B, 1)
+        area = height * width * (self.scale[0] + u["area"] * (self.scale[1] - self.scale[0]))
+        ratio = torch.exp(math.log(3 / 4) + u["ratio"] * math.log(16 / 9)) / squash
         w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()         # (B, 10)
         fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
         first = fits.to(torch.uint8).argmax(1, keepdim=True)
         found = fits.gather(1, first)                                               # (B, 1)
         w = torch.where(found, w.gather(1, first), (height * 4 / 3 / squash).round().clamp(1, width))
         h = torch.where(found, h.gather(1, first), (width * 4 / 3 * squash).round().clamp(1, height))
-        top = torch.where(found, u[:, 20:21] * (height - h + 1), (height - h) / 2).floor()
-        left = torch.where(found, u[:, 21:22] * (width - w + 1), (width - w) / 2).floor()
+        top = torch.where(found, u["top"] * (height - h + 1), (height - h) / 2).floor()
+        left = torch.where(found, u["left"] * (width - w + 1), (width - w) / 2).floor()
         return top[:, 0], left[:, 0], h[:, 0], w[:, 0]
 
-    def apply(self, images: Tensor, uniforms: Tensor, order: list[int], aspect: Tensor | None = None):
+    def augment_with(self, images: Tensor, uniforms: Tensor, order: list[int], aspect: Tensor | None = None):
         """The deterministic part, from uniforms (B, UNIFORMS) in [0, 1) and the order of the colour steps."""
-        flip, jitter, strength, gray, blur, sigma, solarize = uniforms.split(COLUMNS, 1)[4:]  # (B, 1 or 4)
+        u = named_columns(uniforms)
         with torch.autocast(images.device.type, enabled=False):
             x = images.float() / 255 if images.dtype == torch.uint8 else images.float()
-            boxes = self.boxes(uniforms[:, :22], *x.shape[2:], aspect)
-            x = resized_crop(x, *boxes, flip[:, 0] < self.flip, self.size)
-            strength = (2 * strength - 1) * self.strengths * (jitter < self.jitter_p)           # (B, 4)
+            boxes = self.boxes(uniforms, *x.shape[2:], aspect)
+            x = resized_crop(x, *boxes, u["flip"][:, 0] < self.flip, self.size)
+            strength = (2 * u["strength"] - 1) * self.strengths * (u["jitter"] < self.jitter_p)     # (B, 4)
             for i in order:
                 if self.jitter[i]:
                     x = adjust(x, i, strength[:, i, None, None, None])
             if self.gray_p:
-                x = torch.where((gray < self.gray_p)[:, :, None, None], rgb_to_grayscale(x), x)
+                x = torch.where((u["gray"] < self.gray_p)[:, :, None, None], rgb_to_grayscale(x), x)
             if self.blur_p:
-                sigma = self.blur_sigma[0] + sigma * (self.blur_sigma[1] - self.blur_sigma[0])
-                x = gaussian_blur(x, sigma, blur < self.blur_p, self.basis)
+                sigma = self.blur_sigma[0] + u["sigma"] * (self.blur_sigma[1] - self.blur_sigma[0])
+                x = gaussian_blur(x, sigma, u["blur"] < self.blur_p, self.basis)
             if self.solarize_p:
-                x = torch.where((solarize < self.solarize_p)[:, :, None, None] & (x >= 0.5), 1 - x, x)
+                solarized = (u["solarize"] < self.solarize_p)[:, :, None, None] & (x >= 0.5)
+                x = torch.where(solarized, 1 - x, x)
             return (x - self.mean[:, None, None]) / self.std[:, None, None]
 
 
@@ -995,8 +1035,8 @@ def cosine(step: int, steps: int, warmup: int) -> float:
 @contextlib.contextmanager
 def replacing(path: pathlib.Path, keep: bool = False):
     """A file for writing that takes path's place when it is whole; keep: the old one stays as .previous.
-    RunError, nothing changed, where it cannot be written."""
-    new = path.with_name(path.name + ".tmp")
+    RunError where it cannot be written, which says what stands there then."""
+    new, stands = path.with_name(path.name + ".tmp"), "what stood there is untouched"
     try:
         with open(new, "wb") as file:
             yield file
@@ -1004,14 +1044,16 @@ def replacing(path: pathlib.Path, keep: bool = False):
             os.fsync(file.fileno())
         if keep and path.exists():
             os.replace(path, path.with_suffix(".previous"))
+            stands = f"what stood there is {path.with_suffix('.previous')}"
         os.replace(new, path)
+        stands = "the new file stands there"
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)  # the renames too, so that they survive a power cut
         os.close(folder)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         cause = error if isinstance(error, OSError) else error.__context__ or error
         reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
-        raise RunError(f"could not write {path} ({reason}); what stood there is untouched") from None
+        raise RunError(f"could not write {path} ({reason}); {stands}") from None
     finally:
         new.unlink(missing_ok=True)
 
@@ -1029,19 +1071,25 @@ def read_checkpoint(path: pathlib.Path) -> dict:
         raise RunError(f"{path} is damaged, or no checkpoint that can be read safely: {reason}") from None
 
 
+def read_log(path: pathlib.Path) -> list[dict]:
+    """The lines of a run's log.jsonl, header first. UsageError where the file is something else."""
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        if {"method", "config"} <= lines[0].keys():
+            return lines
+    except (ValueError, LookupError, AttributeError):
+        pass
+    raise UsageError(f"{path} is not the log of a pretraining")
+
+
+def key_seed(*key: int | str) -> int:
+    """A number that depends on the numbers and names of its key and on nothing else."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
+
+
 def seeded(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator that depends on the numbers and names of its key and on nothing else."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def flops(arch: str, stem: str, size: int) -> int:
-    """Floating-point operations of a forward pass of two images, counted on tensors without memory."""
-    from torch.utils.flop_counter import FlopCounterMode  # a sixth of a second that no probe needs
-
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        resnet(arch, stem)(torch.zeros(2, 3, size, size))
-    return counter.get_total_flops()
+    """A generator that starts from its key."""
+    return torch.Generator(device).manual_seed(key_seed(*key))
 
 
 class Run:
@@ -1050,28 +1098,32 @@ class Run:
         run = Run(cfg, "method", "variant"); ...build the modules...; run.start(model, encoder)
         for images, aspect, index in run.batches():     # uint8 (B, 3, H, H), (B,), positions (B,)
             with run.autocast(): loss = ...
-            run.optimise(loss)
+            run.optimise(loss)                          # backward, sum over processes, optimizer
             run.log(loss=loss)
-    and all between two steps (schedule, log, online kNN, checkpoint, signals) happens inside batches().
+
+    Between two steps batches() counts the step (_count), shows progress (_show_progress), at the end of an
+    epoch writes a line of the log with the online kNN (_log_epoch), saves or stops where it is time to
+    (_save_or_stop), and sets rate and seed of the next one (_prepare).
     """
 
-    def __init__(self, cfg, method: str, variant: str = "", smallest: int = 0):
-        """smallest: pixels of the smallest view, where a method has views of several sizes."""
+    def __init__(self, cfg, method: str, variant: str = "", folder: str = "", smallest: int = 0):
+        """folder: its name below runs/<dataset>, where --out does not say another; smallest: pixels of the
+        smallest view, where a method has views of several sizes."""
         join_processes()
         self.cfg, self.method, self.variant = cfg, method, variant
-        self.out = pathlib.Path(cfg.out or f"runs/{cfg.dataset}/{method}")
+        self.out = pathlib.Path(cfg.out or f"runs/{cfg.dataset}/{folder or method}").expanduser()
         self.device = pick_device(cfg.device)
         self.dtype = pick_dtype(cfg.amp, self.device)
         if cfg.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = not cfg.deterministic
-        self.size, self.view = cfg.size or SIZES[cfg.dataset], cfg.view
+        self.size, self.view = cfg.size or DATASETS[cfg.dataset].pixels, cfg.view
         self.stem = pick_stem(cfg.stem, self.size)
-        smallest, stride = smallest or self.view, 8 if self.stem == "cifar" else 32  # of the last stage
+        smallest = smallest or self.view
         if min(self.size, smallest) < 8:
             raise UsageError(f"images of {self.size} and views of {smallest} pixels: want 8 or more of each")
-        if smallest <= stride:
+        if smallest <= (8 if self.stem == "cifar" else 32):
             say(f"the last stage sees one pixel of a view of {smallest}")
         limit = cfg.limit or (cfg.batch if cfg.preview else 0)
         images = load_images(cfg.dataset, cfg.data, "train", self.size, cfg.cache, cfg.workers, limit)
@@ -1086,10 +1138,13 @@ class Run:
         torch.manual_seed(cfg.seed)
         self.steps_per_epoch = len(images) // cfg.batch
         self.steps = self.steps_per_epoch * cfg.epochs
+        self.warmup = min(round(cfg.warmup * self.steps_per_epoch), self.steps // 10)
         self.lr = cfg.lr * cfg.batch / 256
         self.step = self.stopping = 0
         self.bad = torch.zeros((), dtype=torch.bool, device=self.device)  # whether a loss was not finite
         self.seconds, self.sums = 0.0, {}  # of training in all; of this epoch's logged values
+        self.started = self.last_save = self.last_step = time.monotonic()  # of this process
+        self.first_step, self.earlier = 0, 0.0  # where this process began: step, and seconds until then
 
     def start(self, model: nn.Module, encoder: nn.Module, bank: nn.Module | None = None) -> None:
         """Move the modules to the device, claim the folder, go on from its checkpoint. model holds all that
@@ -1119,20 +1174,26 @@ class Run:
             except BlockingIOError:
                 raise UsageError(f"{self.out} belongs to a run that is alive; choose another --out") from None
         size, encoder_size = (sum(p.numel() for p in m.parameters()) for m in (model, encoder))
-        header = {"method": self.method, "variant": self.variant, "arch": cfg.arch, "stem": self.stem,
-                  "size": self.size, "images": len(self.images), "steps": self.steps, "effective_lr": self.lr,
-                  "config": vars(cfg), "parameters": size, "encoder_parameters": encoder_size, **origin(),
-                  "device": device_name(self.device), "precision": str(self.dtype).removeprefix("torch."),
-                  "processes": world(), "started": datetime.now().isoformat(timespec="seconds")}
-        self.lines = [json.dumps(header)]
+        where = {"device": device_name(self.device), "precision": str(self.dtype).removeprefix("torch."),
+                 "processes": world()}
+        self.header = {"method": self.method, "variant": self.variant, "arch": cfg.arch, "stem": self.stem,
+                       "size": self.size, "images": len(self.images), "names": self.images.names,
+                       "steps": self.steps, "effective_lr": self.lr, "config": vars(cfg), "parameters": size,
+                       "encoder_parameters": encoder_size, **origin(), **where,
+                       "started": datetime.now().isoformat(timespec="seconds")}
+        self.lines = [json.dumps(self.header)]
         other = " (--recipe cifar is the full one)" if cfg.recipe == "small" else ""
         say(f"{self.method} {self.variant}: {cfg.dataset}, {len(self.images)} images, {self.steps} steps "
             f"({cfg.epochs} epochs), recipe {cfg.recipe}{other}, {cfg.optimizer}, lr {self.lr:.4g} = "
             f"{cfg.lr:g} x {cfg.batch}/256, {cfg.arch}, {self.stem} stem, views of {self.view} px, "
-            f"{header['device']}, {header['precision']}, {size / 1e6:.1f} M parameters -> {self.out}")
+            f"{where['device']}, {where['precision']}, {size / 1e6:.1f} M parameters -> {self.out}")
         self._resume()
         if len(set(gather(torch.tensor([self.step])).tolist())) > 1:
             raise RunError(f"the processes found different checkpoints: {self.out} must be one folder")
+        lines = [json.loads(line) for line in self.lines]
+        last = lines[0] | {name: line[name] for line in lines if "resumed" in line for name in where}
+        if any(last[name] != where[name] for name in where):
+            self.lines.append(json.dumps({"resumed": self.step, **where}))
         self._write_log()
 
     def _resume(self) -> None:
@@ -1140,7 +1201,7 @@ class Run:
         found = [p for p in (path, path.with_suffix(".previous")) if p.exists()]
         if not found:
             if log.exists():
-                self._refuse_other(json.loads(log.read_text().splitlines()[0]))
+                self._refuse_other(read_log(log)[0])
             return
         for candidate in found:
             try:
@@ -1150,47 +1211,63 @@ class Run:
                 print(f"{error}; trying the one before it", file=sys.stderr)
         else:
             raise RunError(f"no checkpoint in {self.out} can be read; move the folder away to start anew")
+        self._refuse_other(json.loads(state["log"][0]) | state)
         try:
-            self._refuse_other(state)
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             self.step, self.lines, self.seconds = state["step"], state["log"], state["seconds"]
             self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
-            torch.set_rng_state(state["rng"]["cpu"].clone())
-            if self.device.type == "cuda":
-                torch.cuda.set_rng_state(state["rng"]["cuda"].clone(), self.device)
         except (RuntimeError, ValueError, LookupError, TypeError) as error:
+            begun = json.loads(state["log"][0]).get("processes", world())
+            if begun != world():
+                raise UsageError(f"{self.out} was begun by {begun} processes, and what they hold of a batch "
+                                 f"does not fit {world()}; start as many, or choose another --out") from None
             raise RunError(f"{candidate} does not fit this run: {error}") from None
         if candidate != path and rank() == 0:
             path.unlink(missing_ok=True)  # damaged: the next save must not keep it in place of the good one
         say(f"resumed at step {self.step} of {self.steps} from {candidate}")
 
     def _refuse_other(self, other: dict) -> None:
-        """UsageError where a log or a checkpoint is not this run's, naming the fields that differ."""
+        """UsageError where a log or a checkpoint is not this run's, naming what differs. A flag that it does
+        not know, or that we do not know any more, counts as one that was not given."""
         if other["method"] != self.method:
             raise UsageError(f"{self.out} is of {other['method']}, not {self.method}; choose another --out")
         ours, theirs = vars(self.cfg), other["config"]
         free = FREE_FIELDS - {"data"} if ours["dataset"] == "folder" else FREE_FIELDS  # data is the set there
+        theirs = {name: value for name, value in theirs.items() if name in ours or value}
+        theirs = self.cfg.defaults | theirs
         names = [n for n in sorted({*ours, *theirs} - free) if ours.get(n) != theirs.get(n)]
         if names:
             keys = ", ".join(f"{n} ({theirs.get(n)!r}, not {ours.get(n)!r})" for n in names)
             raise UsageError(f"{self.out} is of another configuration: {keys}; choose another --out")
+        count = other.get("images", len(self.images))
+        if count != len(self.images):
+            raise UsageError(f"{self.out} was begun on {count} images, and {self.cfg.data} has "
+                             f"{len(self.images)} now; choose another --out")
+        if other.get("names", self.images.names) != self.images.names:
+            raise UsageError(f"{self.out} was begun on other files: names below {self.cfg.data} have "
+                             "changed; choose another --out")
 
     def save(self) -> None:
-        """All that is needed to go on bit for bit, to OUT/checkpoint.pt; RunError where it is not finite."""
+        """All that is needed to go on bit for bit, to OUT/checkpoint.pt, then the bare backbone to
+        OUT/backbone.pt; RunError where something is not finite."""
         state = {name: part.state_dict() for name, part in self.parts.items()}
         values = [*state["model"].values(), *state.get("bank", {}).values()]
         self._stop_if_bad([value for value in values if value.is_floating_point()])
         if rank():
             return
-        state["rng"] = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            state["rng"]["cuda"] = torch.cuda.get_rng_state(self.device)
         state |= {"method": self.method, "arch": self.cfg.arch, "stem": self.stem, "config": vars(self.cfg),
                   "epoch": self.step // self.steps_per_epoch, "step": self.step, "seconds": self.seconds,
                   "log": self.lines, "sums": self.sums}
         with replacing(self.out / "checkpoint.pt", keep=True) as file:
             torch.save(state, file)
+        self._save_backbone()
+
+    def _save_backbone(self) -> None:
+        if rank() == 0:
+            weights = {key: value.cpu() for key, value in self.encoder.state_dict().items()}
+            with replacing(self.out / "backbone.pt") as file:
+                torch.save({**weights, "arch": self.cfg.arch, "stem": self.stem}, file)
 
     def _write_log(self) -> None:
         if rank() == 0:
@@ -1208,42 +1285,46 @@ class Run:
     def batches(self):
         """Yields (images, aspect, index) for every step that is left; ends with the final files. Exit status
         128 + n after signal n, 3 after --minutes, both with a checkpoint."""
-        backbone = self.out / "backbone.pt"
-        if self.step == self.steps and backbone.exists():
-            say(f"nothing left to do: {backbone}")
+        if self.step == self.steps:
+            self._save_backbone()
+            say(f"nothing left to do: {self.out / 'backbone.pt'}")
             return
         handlers = {n: signal.signal(n, lambda number, _: setattr(self, "stopping", 128 + number))
                     for n in (signal.SIGTERM, signal.SIGINT)}
+        self.started = self.last_save = time.monotonic()
+        self.first_step, self.earlier = self.step, self.seconds
         try:
-            self.began = self.saved = time.monotonic()
-            self.first = self.step, self.seconds  # of this process
             while self.step < self.steps:
-                yield from self._one_epoch()
+                done, batch = self.step % self.steps_per_epoch, self.cfg.batch
+                epoch = self.step // self.steps_per_epoch
+                order = torch.randperm(len(self.images), generator=seeded("order", self.cfg.seed, epoch))
+                order = order.to(self.images.rows.device).split(batch)[done:self.steps_per_epoch]
+                self.last_step = time.monotonic()
+                for images in self.images.batches(order, self.device):
+                    self._prepare()
+                    yield images
+                    self._count()
+                    self._show_progress()
+                    if self.step % self.steps_per_epoch == 0:
+                        self._log_epoch(epoch + 1)
+                    self._save_or_stop()
             self.save()
-            if rank() == 0:
-                weights = {key: value.cpu() for key, value in self.encoder.state_dict().items()}
-                with replacing(backbone) as file:
-                    torch.save({**weights, "arch": self.cfg.arch, "stem": self.stem}, file)
-            say(f"done in {self.seconds / 60:.1f} min: {backbone}")
+            say(f"done in {self.seconds / 60:.1f} min: {self.out / 'backbone.pt'}")
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
-    def _one_epoch(self):
-        spe, before, began = self.steps_per_epoch, self.seconds, time.monotonic()
-        warmup = min(round(self.cfg.warmup * spe), self.steps // 10)
-        order = torch.randperm(len(self.images), generator=seeded("order", self.cfg.seed, self.step // spe))
-        order = order.to(self.images.rows.device).split(self.cfg.batch)[self.step % spe:spe]
-        for batch in self.images.batches(order, self.device):
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.lr * cosine(self.step, self.steps, warmup)
-            yield batch
-            self.step += 1
-            self.seconds = before + time.monotonic() - began
-            self._show_progress()
-            if self.step % spe == 0:
-                self._log_epoch(self.step // spe)
-            self._save_or_stop()
+    def _prepare(self) -> None:
+        """The next step's rate; and the seed of what draws from torch's own generators, as a dropout does."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * cosine(self.step, self.steps, self.warmup)
+        torch.manual_seed(key_seed("torch", self.cfg.seed, self.step, rank()))
+
+    def _count(self) -> None:
+        now = time.monotonic()
+        self.seconds += now - self.last_step
+        self.last_step = now
+        self.step += 1
 
     def _log_epoch(self, epoch: int) -> None:
         self._stop_if_bad()
@@ -1258,36 +1339,31 @@ class Run:
         self._write_log()
         shown = " ".join(f"{k} {v}" for k, v in line.items() if k not in ("epoch", "step", "lr", "minutes"))
         say(f"epoch {epoch}/{self.cfg.epochs} {shown}, {timedelta(seconds=round(left))} left")
+        self.last_step = time.monotonic()  # the monitor is no training
 
     def _pace(self) -> tuple[float, float]:
         """Images (not views) per second since the process began, without the monitor; seconds to go."""
-        step, seconds = self.first
-        pace = (self.seconds - seconds) / (self.step - step)
+        pace = (self.seconds - self.earlier) / (self.step - self.first_step)
         return self.cfg.batch / pace, pace * (self.steps - self.step)
 
     def _show_progress(self) -> None:
-        cfg, (rate, left) = self.cfg, self._pace()
+        rate, left = self._pace()
         live(f"step {self.step}/{self.steps} {rate:.0f} images/s, {timedelta(seconds=round(left))} left")
-        if self.step - self.first[0] == 20 and self.step < self.steps:
-            line = f"estimated end in {timedelta(seconds=round(left))}"
-            if cfg.recipe == "small":  # every method's cifar recipe is ResNet-18 on all images for 200 epochs
-                full = flops("resnet18", "cifar", SIZES[cfg.dataset]) * IMAGES[cfg.dataset] * 200
-                ours = flops(cfg.arch, self.stem, self.view) * (self.steps - self.step) * cfg.batch
-                line += f"; --recipe cifar would take about {left * full / ours / 3600:.0f} hours here"
-            say(line)
+        if self.step - self.first_step == 20 and self.step < self.steps:
+            say(f"estimated end in {timedelta(seconds=round(left))}")
 
     def _save_or_stop(self) -> None:
         """Save where it is time to, stop where a signal or --minutes asks for it, in all processes alike."""
         now = time.monotonic()
-        if self.cfg.minutes and now - self.began >= 60 * self.cfg.minutes:
+        if self.cfg.minutes and now - self.started >= 60 * self.cfg.minutes:
             self.stopping = self.stopping or 3
-        flags = torch.tensor([self.stopping, now - self.saved >= 60 * self.cfg.save_every])
+        flags = torch.tensor([self.stopping, now - self.last_save >= 60 * self.cfg.save_every])
         if world() > 1:
             dist.all_reduce(flags, dist.ReduceOp.MAX)  # on the CPU, so that no GPU is waited for
         status, due = flags.tolist()
         if status or due:
             self.save()
-            self.saved = time.monotonic()
+            self.last_save = time.monotonic()
         if status:
             gather(torch.zeros(1))  # torchrun kills a job once one process ends, and process 0 may be saving
             why = signal.Signals(status - 128).name if status > 128 else f"--minutes {self.cfg.minutes:g}"

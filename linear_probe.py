@@ -38,7 +38,7 @@ from common import BatchAugment, ImageSet, RunError, UsageError, features, knn, 
 @dataclass
 class Config:
     backbone: str = ""           # file: a backbone.pt of ours, or a state dict with torchvision's ResNet keys
-    random: bool = False         # probe an untrained network instead
+    random: bool = False         # probe an untrained network; with --backbone, one like the one in that file
     dataset: common.Dataset | None = None  # what to probe on; without: the backbone's own set, or shapes
     data: str | None = None      # where the images are; without: where they were for the pretraining, or data
     arch: common.Arch | None = None  # without: the backbone's; --random: the small or full recipe's
@@ -171,9 +171,10 @@ def load_backbone(path: str, arch: str | None = None, stem: str = "auto") -> tup
     Raises RunError where the file cannot be read safely, UsageError where its keys, shapes, stem or arch are
     not the asked ones, naming them. A classifier (fc.*) is left out; everything else must fit exactly.
     """
-    if not pathlib.Path(path).is_file():
+    file = pathlib.Path(path).expanduser()
+    if not file.is_file():
         raise UsageError(f"--backbone {path}: no such file")
-    loaded = common.read_checkpoint(pathlib.Path(path))
+    loaded = common.read_checkpoint(file)
     if not isinstance(loaded, dict):
         raise UsageError(f"{path} holds a {type(loaded).__name__}, not a state dict")
     for name, asked in (("arch", arch), ("stem", stem)):
@@ -217,25 +218,30 @@ def fingerprint(module: nn.Module) -> str:
 # ---------------------------------------------------------------------------------------------- the row
 
 
-def read_log(backbone: str) -> list[dict]:
+def log_beside(backbone: str) -> list[dict]:
     """The lines of the log beside a backbone.pt of ours, header first; none where there is no log."""
-    log = pathlib.Path(backbone).parent / "log.jsonl"
-    return [json.loads(line) for line in log.read_text().splitlines()] if backbone and log.exists() else []
+    log = pathlib.Path(backbone).expanduser().parent / "log.jsonl"
+    return common.read_log(log) if backbone and log.exists() else []
 
 
-def run_facts(lines: list[dict]) -> dict:
-    """What a log says of the pretraining: the fields of a result row."""
+def run_facts(backbone: str, lines: list[dict]) -> dict:
+    """What a log says of the pretraining, and its checkpoint of how far it went: fields of a result row."""
     if not lines:
         return {}
-    header, cfg, last = lines[0], lines[0]["config"], lines[-1]
-    names = ("method", "variant", "images", "device", "precision", "sha", "blobs", "torch", "command")
-    facts = {name: header[name] for name in names}
+    header, cfg, epochs = lines[0], lines[0]["config"], [line for line in lines if "epoch" in line]
+    facts = {name: header.get(name) for name in ("method", "variant", "images", "sha", "torch", "command")}
+    for name in ("device", "precision"):  # of every part of a run that went on elsewhere
+        facts[name] = ", then ".join(dict.fromkeys(line[name] for line in lines if name in line))
+    last, checkpoint = epochs[-1] if epochs else {}, pathlib.Path(backbone).with_name("checkpoint.pt")
+    steps = header.get("steps")
+    step = common.read_checkpoint(checkpoint)["step"] if checkpoint.exists() else last.get("step", 0)
+    common.say(f"{backbone}: step {step} of {steps}")
     facts |= {"pretrained_on": cfg["dataset"], "recipe": cfg["recipe"], "epochs": cfg["epochs"],
               "batch": cfg["batch"], "seed": cfg["seed"], "effective_lr": header["effective_lr"],
               "parameters": header["encoder_parameters"], "minutes": last.get("minutes"),
-              "train_loss": last.get("loss")}
+              "train_loss": last.get("loss"), "step": step, "steps": steps}
     gates = [value for name, value in last.items() if name.startswith("gate_")]
-    curve = [[line["minutes"], line["epoch"], line["knn_top1"]] for line in lines if "knn_top1" in line]
+    curve = [[line["minutes"], line["epoch"], line["knn_top1"]] for line in epochs if "knn_top1" in line]
     return facts | {"gates": gates, "curve": curve, "config": cfg}
 
 
@@ -245,10 +251,10 @@ def fill_in(cfg: Config, lines: list[dict]) -> None:
     cfg.dataset = cfg.dataset or trained.get("dataset", "shapes")
     same = cfg.dataset == trained.get("dataset")
     cfg.data = cfg.data or (trained["data"] if same else "data")
-    cfg.size = cfg.size or (same and trained["size"]) or common.SIZES[cfg.dataset]
+    cfg.size = cfg.size or (same and trained["size"]) or common.DATASETS[cfg.dataset].pixels
     cfg.seed = trained.get("seed", 0) if cfg.seed is None else cfg.seed
     small = trained.get("recipe") == "small"
-    if cfg.random:  # the network of the methods' recipes for this set
+    if cfg.random and not cfg.backbone:  # the network of the methods' recipes for this set
         small = common.prefers_small(cfg.dataset, cfg.device)
         cfg.arch = cfg.arch or ("resnet10" if small else "resnet18")
         if cfg.stem == "auto" and small and cfg.dataset in ("shapes", "tinyimagenet"):
@@ -258,6 +264,17 @@ def fill_in(cfg: Config, lines: list[dict]) -> None:
         if small and not cfg.neighbours:
             common.say("no linear_top1: 100 epochs of SGD cost more than the small recipe; "
                        "--epochs 100 brings it back")
+
+
+def read_rows(results: pathlib.Path) -> list[dict]:
+    """The rows of a results.jsonl, none where there is none; UsageError where a line is no row."""
+    try:
+        rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+        if all("dataset" in row for row in rows):
+            return rows
+    except (ValueError, TypeError):
+        pass
+    raise UsageError(f"{results} has lines that are no result rows; move it away, or choose another --out")
 
 
 def load_splits(cfg: Config) -> tuple[ImageSet, ImageSet]:
@@ -302,8 +319,8 @@ def draw_neighbours(path: str, train: ImageSet, test: ImageSet, train_x: Tensor,
 
 def probe(cfg: Config) -> dict | None:
     """Every protocol on one backbone; the row in results.jsonl is rewritten as metrics come, and returned."""
-    if bool(cfg.backbone) == cfg.random:
-        raise UsageError("want either --backbone FILE or --random")
+    if not cfg.backbone and not cfg.random:
+        raise UsageError("want --backbone FILE or --random")
     if cfg.neighbours and not cfg.neighbours.endswith(".png"):
         raise UsageError(f"--neighbours {cfg.neighbours}: want a file name that ends in .png")
     if not 0 < cfg.fraction <= 1:
@@ -313,52 +330,54 @@ def probe(cfg: Config) -> dict | None:
     common.join_processes()
     if cfg.neighbours and world() > 1:
         raise UsageError("--neighbours draws in one process: start it without torchrun")
-    device, lines = common.pick_device(cfg.device), read_log(cfg.backbone)
+    device, lines = common.pick_device(cfg.device), log_beside(cfg.backbone)
     fill_in(cfg, lines)
-    torch.manual_seed(cfg.seed)
-    if cfg.random:
-        arch, stem = cfg.arch, common.pick_stem(cfg.stem, cfg.size)
-        encoder = resnet(arch, stem)
-    else:
+    if cfg.backbone:
         encoder, arch, stem = load_backbone(cfg.backbone, cfg.arch, cfg.stem)
+    else:
+        arch, stem = cfg.arch, common.pick_stem(cfg.stem, cfg.size)
+    if cfg.random:
+        torch.manual_seed(cfg.seed)
+        encoder, lines = resnet(arch, stem), []
     encoder = encoder.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    digest = fingerprint(encoder)
+    digest, precision = fingerprint(encoder), str(common.pick_dtype(cfg.amp, device)).removeprefix("torch.")
 
     beside = f"runs/{cfg.dataset}/random" if cfg.random else pathlib.Path(cfg.backbone).parent
-    results = pathlib.Path(cfg.out or beside) / "results.jsonl"
-    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    asked = {"knn_top1", "knn20_top1", "knn10_top1"}
-    asked |= {"probe_top1"} if cfg.quick else set()
-    asked |= {"linear_top1"} if cfg.epochs else set()
+    results = pathlib.Path(cfg.out or beside).expanduser() / "results.jsonl"
+    rows = read_rows(results)
+    requested = {"knn_top1", "knn20_top1", "knn10_top1"}
+    requested |= {"probe_top1"} if cfg.quick else set()
+    requested |= {"linear_top1"} if cfg.epochs else set()
     key = {"dataset": cfg.dataset, "backbone": digest[:16], "split": cfg.split, "fraction": cfg.fraction,
            "probe_seed": cfg.seed, "size": cfg.size, "probe_lr": cfg.lr, "probe_batch": cfg.batch,
-           "probe_data": cfg.data if cfg.dataset == "folder" else "",
-           "probe_precision": str(common.pick_dtype(cfg.amp, device)).removeprefix("torch.")}
-    older = {**key, "probe_precision": "float32"}  # what a row without a field has
-    there = [row for row in rows if all(row.get(name, older[name]) == value for name, value in key.items())
-             and (not cfg.epochs or row["linear_epochs"] in (0, cfg.epochs))]  # this row, or a part of it
-    done = [row for row in there if asked <= row.keys()]
-    if done and not cfg.neighbours:
+           "probe_data": cfg.data if cfg.dataset == "folder" else "", "probe_precision": precision}
+    absent = key | {"probe_precision": "float32"}  # what a field counts as that an older row has not
+    same = [row for row in rows if all(row.get(name, absent[name]) == value for name, value in key.items())]
+    if cfg.epochs:  # a row has one SGD probe: those of other lengths are other rows
+        same = [row for row in same if row.get("linear_epochs", 0) in (0, cfg.epochs)]
+    complete = [row for row in same if requested <= row.keys()]
+    if complete and not cfg.neighbours:
         common.say(f"nothing left to do: {results} has this probe's row")
-        return done[0]
-    if not cfg.epochs:  # of rows with SGD probes of several lengths one is completed, the others stay
-        there = there[:1]
+        return complete[0]
+    replaced = same if cfg.epochs else same[:1]
 
     train, test = (images.to(device) for images in load_splits(cfg))
     began = time.monotonic()
     with autocast(cfg, device):
         train_x, train_y = features(encoder, train, cfg.size, device)
         test_x, test_y = features(encoder, test, cfg.size, device)
+    if not (train_x.isfinite().all() and test_x.isfinite().all()):
+        raise RunError(f"{cfg.backbone}: features are not finite, so nothing can be probed")
     if cfg.neighbours:
         return draw_neighbours(cfg.neighbours, train, test, train_x, test_x)
     made = common.origin()
     row = {**key, "linear_epochs": cfg.epochs, "seed": cfg.seed,
            "method": "random" if cfg.random else pathlib.Path(cfg.backbone).stem,
            "variant": "untrained" if cfg.random else "",
-           "device": common.device_name(device), "precision": "float32", **made, **run_facts(lines),
-           "arch": arch, "stem": stem, "probe_command": made["command"], "probe_blobs": made["blobs"]}
-    if there and not cfg.epochs:  # the SGD probe of an earlier call stays in the row
-        row |= {name: there[0][name] for name in ("linear_epochs", "linear_top1") if name in there[0]}
+           "device": common.device_name(device), "precision": "float32", **made, "probe_sha": made["sha"],
+           "probe_command": made["command"], **run_facts(cfg.backbone, lines), "arch": arch, "stem": stem}
+    if replaced and not cfg.epochs:  # the SGD probe of an earlier call stays in the row
+        row |= {name: replaced[0][name] for name in ("linear_epochs", "linear_top1") if name in replaced[0]}
 
     def add(metric: str, value: float) -> None:
         if fingerprint(encoder) != digest:
@@ -367,7 +386,7 @@ def probe(cfg: Config) -> dict | None:
         if rank() == 0:
             results.parent.mkdir(parents=True, exist_ok=True)
             with common.replacing(results) as file:
-                lines = [json.dumps(r) for r in rows if r not in there] + [json.dumps(row)]
+                lines = [json.dumps(r) for r in rows if r not in replaced] + [json.dumps(row)]
                 file.write(("\n".join(lines) + "\n").encode())
 
     if rank() == 0:  # the others wait at the SGD probe, which all share, or are done

@@ -15,7 +15,7 @@ they are, as in the official code (--temper-kl divides them too). The gradient u
 the paper's full text was not at hand: the use of the momentum in it is our reading. README, "Deviations in
 NPID", has the rest.
 
-Shapes: B batch, N images, D embedding, K rows in play, L labels per sample (2 under CutMix).
+Shapes: B batch, N images, D embedding, K rows that a step looks at, L labels per sample (2 under CutMix).
 """
 import functools
 import math
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 @dataclass
 class Config:
-    init: Literal["augmented", "forward", "random"] = "augmented"  # bank rows at the start: see calibrate
+    init: Literal["augmented", "random"] = "augmented"  # bank rows at the start: see calibrate
     update: Literal["grad", "ema"] = "grad"  # bank rule: cross-entropy's gradient (paper), or NPID's average
     lambda_kl: float = 20.0         # weight of the self-distillation term, 0 = off; official run.sh
     power: float = 0.5              # u = p^power renormalised; paper (square root)
@@ -148,8 +148,9 @@ class MemoryBank(nn.Module):
         self.rows.index_copy_(0, index, F.normalize(z.to(self.rows.dtype), dim=1))
 
     @torch.no_grad()
-    def in_play(self, index: Tensor, negatives: int, generator: torch.Generator | None = None):
-        """The rows that a step looks at: columns (K,), and the column of each image's own row (B,).
+    def sample(self, index: Tensor, negatives: int, generator: torch.Generator | None = None):
+        """The rows that a step looks at, as their numbers (K,), and the place among them of each image's own
+        row, its positive (B,).
 
         The rows of the batch's images index (B,), which are distinct, then negatives drawn uniformly from
         the others without replacement; all rows where negatives is 0 or more than there are.
@@ -162,22 +163,17 @@ class MemoryBank(nn.Module):
         return torch.cat([index, others]), torch.arange(len(index), device=index.device)
 
     @torch.no_grad()
-    def update(self, index: Tensor, z: Tensor, prob: Tensor | None = None, weight: Tensor | None = None,
-               columns: Tensor | None = None, rows: Tensor | None = None) -> None:
-        """Move the rows after a step with unit embeddings z (B, D).
+    def average(self, index: Tensor, z: Tensor) -> None:
+        """NPID's rule: the rows of images index (B,) alone move, toward their unit embeddings z (B, D)."""
+        old = self.rows[index]
+        self.fill(index, torch.lerp(z.to(old.dtype), old, self.momentum))
 
-        Over the whole bank: index (B,) or (B, L) image numbers and prob (B, N). Over rows in play: columns
-        (K,) of the bank and rows (K, D) = bank.rows[columns]; prob (B, K) and index count within these K.
-        prob None is NPID's average: the rows of images index (B,) alone move, toward their embeddings.
-        """
-        z = z.detach()
-        if prob is None:
-            old = self.rows[index]
-            self.fill(index, torch.lerp(z.to(old.dtype), old, self.momentum))
-        elif columns is None:
-            self.rows.copy_(grad_update(self.rows, z, prob, index, self.momentum, weight))
-        else:
-            self.rows.index_copy_(0, columns, grad_update(rows, z, prob, index, self.momentum, weight))
+    @torch.no_grad()
+    def step(self, columns: Tensor, rows: Tensor, z: Tensor, prob: Tensor, labels: Tensor,
+             weight: Tensor | None = None) -> None:
+        """The gradient's rule, see grad_update: rows (K, D), the bank's at columns (K,), after a step with
+        unit embeddings z (B, D), prob (B, K) and labels (B,) or (B, L), which are places among these rows."""
+        self.rows.index_copy_(0, columns, grad_update(rows, z.detach(), prob, labels, self.momentum, weight))
 
 
 # ---------------------------------------------------------------------------------------------- CutMix
@@ -219,25 +215,17 @@ def projector(dim_in: int, dim: int) -> nn.Sequential:
 def calibrate(bank: MemoryBank, model: nn.Module, augment: nn.Module, run) -> None:
     """Fill every row from a forward pass of the untrained network over every image, none missing.
 
-    --init augmented: augmented views in train mode, as the official code does. forward: centre views in eval
-    mode, where an untrained network's batch norms are the identity, so that all rows are nearly one point.
-    random leaves the rows as they are, as NPID does.
+    Of augmented views in train mode, as in the official code: in eval mode an untrained network's batch norms
+    are the identity, and all rows nearly one point. --init random leaves the rows as they are, as NPID does.
     """
-    from common import broadcast, center_view, gather
+    from common import broadcast, gather
 
-    began, augmented = time.monotonic(), run.cfg.init == "augmented"
-    model.train(augmented)
-    count, batch = len(run.images), run.cfg.batch
+    began, count, batch = time.monotonic(), len(run.images), run.cfg.batch
     order = torch.arange(-(-count // batch) * batch) % count  # the first ones again fill up the last batch
     for n, (images, aspect, index) in enumerate(run.images.batches(order.split(batch), run.device)):
-        if augmented:
-            x = augment(images, run.generator(f"init {n}"), aspect)
-        else:
-            x = center_view(images, run.size, aspect)
         with run.autocast():
-            z = model(x)
+            z = model(augment(images, run.generator(f"init {n}"), aspect))
         bank.fill(gather(index), gather(z.float()))
-    model.train()
     broadcast(bank)
     run.seconds += time.monotonic() - began  # part of the method's cost
 
@@ -248,7 +236,7 @@ def train(cfg) -> None:
 
     if cfg.tau <= 0:
         raise UsageError(f"--tau {cfg.tau}: want a temperature above 0")
-    run = Run(cfg, "npid_distill", name_variant(cfg))
+    run = Run(cfg, "npid_distill", name_variant(cfg), folder="npid")
     encoder = resnet(cfg.arch, run.stem)
     model = nn.Sequential(encoder, projector(encoder.dim, cfg.dim))
     bank = MemoryBank(len(run.images), cfg.dim, cfg.bank_momentum, seeded("bank", cfg.seed))
@@ -267,8 +255,8 @@ def train(cfg) -> None:
             z = model(x)
         z = gather(F.normalize(z.float(), dim=1))                                   # (B, D), of all processes
         index, partner, weight = gather(index), gather(partner + rank() * len(x)), gather(weight)
-        columns, own = bank.in_play(index, cfg.negatives, run.generator("negatives", run.device))
-        labels = torch.stack([own, own[partner]], 1)                                # (B, 2) columns
+        columns, positive = bank.sample(index, cfg.negatives, run.generator("negatives", run.device))
+        labels = torch.stack([positive, positive[partner]], 1)                      # (B, 2) places in columns
         rows = bank.rows[columns]                                                   # (K, D)
         cosines = (z.to(run.dtype) @ rows.to(run.dtype).T).float()                  # (B, K)
         logits = cosines / cfg.tau
@@ -277,10 +265,9 @@ def train(cfg) -> None:
         loss = ce + cfg.lambda_kl * kl
         run.optimise(loss)
         if cfg.update == "grad":
-            prob = logits.detach().softmax(1)
-            bank.update(labels, z.to(run.dtype), prob, weight, columns, rows)
+            bank.step(columns, rows, z.to(run.dtype), logits.detach().softmax(1), labels, weight)
         else:  # the image's own row alone, under CutMix too, as in the official code
-            bank.update(index, z)
+            bank.average(index, z)
         run.log(loss=loss, ce=ce, kl=kl)
 
 

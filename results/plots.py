@@ -6,7 +6,7 @@ import pathlib
 
 from matplotlib import pyplot as plt
 
-from tables import HERE, differences, group, lines_of, read_rows, study
+from tables import HERE, differences, effects, group, lines_of, mean_and_half, read_rows
 
 
 def panels(count: int, **labels):
@@ -45,9 +45,9 @@ def draw_bassl_batch(path: pathlib.Path):
     rows = read_rows([path])
     figure, [panel] = panels(1, xlabel="batch", ylabel="BA-SSL - SimCLR, points of probe")
     for same in sorted(lines_of(rows), key=lambda same: same[0]["batch"]):
-        effects = differences(same, rows)
-        if len(effects) > 1:
-            mean, half = study().mean_and_half(effects)
+        found = differences(same, rows)
+        if len(found) > 1:
+            mean, half = mean_and_half(found)
             panel.errorbar(str(same[0]["batch"]), mean, half, fmt="C0o", capsize=4)
     panel.axhline(0, color="0.5")
     return figure
@@ -55,11 +55,11 @@ def draw_bassl_batch(path: pathlib.Path):
 
 def draw_study(path: pathlib.Path):
     """The study's effects with their 95 % intervals, beside the published ones."""
-    found = study().study_effects(str(path))[::-1]
+    found = effects(read_rows([path]))[::-1]
+    means, halves = zip(*(mean_and_half(row["per_seed"]) for row in found))
     figure, [panel] = panels(1, xlabel="points of probe")
     places = range(len(found))
-    panel.errorbar([row["mean"] for row in found], places, xerr=[row["half"] for row in found],
-                   fmt="C0o", capsize=4, label="here, 95 % over seeds")
+    panel.errorbar(means, places, xerr=halves, fmt="C0o", capsize=4, label="here, 95 % over seeds")
     known = [(float(row["published"]), place) for place, row in zip(places, found) if row["published"]]
     panel.plot(*zip(*known), "C1D", label="published, full size")
     panel.set_yticks(places, [row["factor"] for row in found])

@@ -20,4 +20,4 @@ for seed in 0 1 2; do
   run byol-momentum    --methods byol --augs simclr --momentum off
 done
 python results/tables.py study
-python aug_study.py --effects results/study.jsonl
+python results/tables.py --effects results/study.jsonl

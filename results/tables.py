@@ -3,14 +3,15 @@
     python results/tables.py NAME            # the rows below runs/NAME -> results/NAME.jsonl and a table
     python results/tables.py NAME FOLDER...  # the same of the rows below these folders
     python results/tables.py --rows FILE...  # print the table of these results.jsonl files
-    python results/tables.py --check         # every committed row's scripts are in the history, as they were;
-                                             # says how many rows are of older scripts than those here now
+    python results/tables.py --effects FILE  # the main effects that the rows of a study tell
+    python results/tables.py --check         # every committed row names a clean commit of this history
     python results/tables.py --readme        # write results/README.md from the committed rows
 
 A line is one run, or runs that differ in the seed alone: mean ± standard deviation. Where the variant is
 something + a term, `effect` is the mean of the differences to the runs without this last term, seed by seed,
 with a 95 % interval (Student's t over seeds); of NPID where its terms have no lines, that to MoCo v2.
 """
+import dataclasses
 import json
 import math
 import pathlib
@@ -83,11 +84,14 @@ def fail(text: str) -> None:
 
 
 def read_rows(paths: list[pathlib.Path]) -> list[dict]:
-    """The rows of .jsonl files; exits with status 2 where one is missing or holds something else."""
+    """The rows of .jsonl files but those of unfinished runs; exits with status 2 where a file is missing or
+    holds something else."""
     rows = []
     for path in paths:
         try:
             for row in map(json.loads, path.read_text().splitlines()):
+                if row.get("step", 0) < row.get("steps", 0):  # of a run that goes on
+                    continue
                 cfg = row.get("config", {})  # none for a network that was not trained
                 # A flag that is off counts as one that the script did not have yet.
                 flags = {name: value for name, value in cfg.items() if value and name not in ANY}
@@ -120,11 +124,24 @@ def spread(values: list[float], digits: int = 1) -> str:
     return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
-def interval(differences: list[float]) -> str:
-    """Mean of paired differences with the half width of its 95 % interval; without one for a single pair."""
-    if len(differences) < 2:
-        return "".join(study().points(value) for value in differences)
-    return study().points(*study().mean_and_half(differences))
+# Student's t, 97.5 %, by degrees of freedom; the last one for more.
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def mean_and_half(values: list[float]) -> tuple[float, float | None]:
+    """The mean, and half the width of its 95 % interval by Student's t; None for a single value."""
+    if len(values) < 2:
+        return values[0], None
+    t = T_975[min(len(values) - 2, len(T_975) - 1)]
+    return statistics.mean(values), t * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def points(values: list[float]) -> str:
+    """The mean of paired differences as +1.0 ± 0.2, or +1.0 where there is no interval; never -0.0."""
+    if not values:
+        return ""
+    mean, half = mean_and_half(values)
+    return f"{round(mean, 1) + 0.0:+.1f}" + ("" if half is None else f" ± {half:.1f}")
 
 
 def markdown(lines: list[dict]) -> str:
@@ -209,7 +226,7 @@ def table(rows: list[dict]) -> str:
         for same in lines_of(part):
             line = table_line(same)
             line["flags"] = varied(same[0], part)
-            line["effect on probe"] = interval(differences(same, part))
+            line["effect on probe"] = points(differences(same, part))
             if len({row["sha"] for row in rows if "sha" in row}) > 1:
                 line["commit"] = " ".join(dict.fromkeys(row["sha"][:7] for row in same))
             lines.append(line)
@@ -225,37 +242,111 @@ def table(rows: list[dict]) -> str:
     return "\n".join(text)
 
 
-def missing_blobs(paths: list[pathlib.Path]) -> list[str]:
-    """Rows whose scripts are not in this repository's history as they were, as "file: method variant"."""
-    listing = subprocess.run(["git", "rev-list", "--objects", "--no-object-names", "HEAD"], cwd=ROOT,
-                             capture_output=True, text=True, check=True)
-    there, bad = set(listing.stdout.split()), []
+# ---------------------------------------------------------------------------------- effects of a study
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run of a study without its seed; the switches as they are in it, on or off."""
+
+    method: str
+    aug: str
+    arch: str
+    predictor: str
+    momentum: str
+
+
+def cell_of(config: dict) -> Cell:
+    """The cell of a row's config."""
+    from aug_study import switched  # which knows the methods' own switches, and brings torch
+
+    method = switched(config["methods"], config["predictor"], config["momentum"])
+    return Cell(config["methods"], config["augs"] or method.aug, config["arch"],
+                "on" if method.predictor else "off", "on" if method.momentum else "off")
+
+
+# Factor -> (field of Cell, from, to, published mean effect in points: arXiv 2403.05726).
+FACTORS = {
+    "BYOL's augmentations over SimCLR's": ("aug", "simclr", "byol", "+2.3"),
+    "multi-crop over SimCLR's augmentations": ("aug", "simclr", "multicrop", "+2.5"),
+    "momentum target on": ("momentum", "off", "on", "+1.8"),
+    "predictor on": ("predictor", "off", "on", "+0.3"),
+}
+
+
+def pair(cell: Cell, name: str, low: str, high: str) -> list[Cell]:
+    """The cells that differ from this one in field `name` alone, with it low and high. Methods are compared
+    as they come: their switches are part of them."""
+    if name == "method":
+        own = dict(augs=cell.aug, arch=cell.arch, predictor="default", momentum="default")
+        return [cell_of(own | {"methods": method}) for method in (low, high)]
+    return [dataclasses.replace(cell, **{name: value}) for value in (low, high)]
+
+
+def effects(rows: list[dict]) -> list[dict]:
+    """What a study's rows can tell: FACTORS, each method over simclr, each backbone over the smallest.
+
+    The effect of a factor is the mean of paired differences of probe_top1: with a(c) the accuracy of cell c
+    and P the pairs (c, c') that differ in this factor alone, 1 / |P| sum over P of a(c') - a(c). Two rows are
+    paired within a seed, and where all SETTINGS but arch and effective_lr agree. No pair is made from a
+    missing cell. per_seed: a seed's mean; pairs: their number in it. ValueError where the rows are of no
+    study, or several are of one cell.
+    """
+    accuracy = {}
+    for row in rows:
+        if row["split"] == "test":
+            alike = tuple(row.get(name) for name in SETTINGS if name not in ("arch", "effective_lr"))
+            key = cell_of(row["config"]), alike, row["seed"]
+            if key in accuracy:
+                raise ValueError("several rows of one cell and seed")
+            accuracy[key] = row["probe_top1"]
+    factors, cells = dict(FACTORS), [cell for cell, *_ in accuracy]
+    for method in dict.fromkeys(cell.method for cell in cells):
+        if method != "simclr":
+            factors[f"{method} over simclr"] = ("method", "simclr", method, "")
+    archs = sorted({cell.arch for cell in cells}, key=lambda arch: int(arch.removeprefix("resnet")))
+    for arch in archs[1:]:
+        factors[f"larger backbone: {arch} over {archs[0]}"] = ("arch", archs[0], arch, "")
+    found = []
+    for factor, (name, low, high, published) in factors.items():
+        differences: dict[int, list[float]] = {}
+        for (cell, *alike, seed), value in accuracy.items():
+            first, second = pair(cell, name, low, high)
+            if cell == first and (second, *alike, seed) in accuracy:
+                differences.setdefault(seed, []).append(accuracy[second, *alike, seed] - value)
+        if differences:
+            per_seed = [statistics.mean(values) for values in differences.values()]
+            pairs = max(map(len, differences.values()))
+            found.append({"factor": factor, "per_seed": per_seed, "pairs": pairs, "published": published})
+    return found
+
+
+def effects_table(path: pathlib.Path) -> str:
+    """The effects of a file's rows as a Markdown table, beside the published ones."""
+    try:
+        found = effects(read_rows([path]))
+    except (ValueError, KeyError) as error:
+        fail(f"{path}: no rows of a study ({error})")
+    lines = [{"factor": row["factor"], "effect, points (95 %)": points(row["per_seed"]),
+              "pairs x seeds": f"{row['pairs']} x {len(row['per_seed'])}", "published": row["published"]}
+             for row in found]
+    return markdown(lines)
+
+
+# ------------------------------------------------------------------------------------------ what is committed
+
+
+def unknown_commits(paths: list[pathlib.Path]) -> list[str]:
+    """Rows whose scripts no clean commit of this repository's history holds, as "file: method variant"."""
+    git = ["git", "rev-list", "HEAD"]
+    listing = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True)
+    there, bad = {commit[:12] for commit in listing.stdout.split()}, []
     for path in paths:
         for row in map(json.loads, path.read_text().splitlines()):
-            blobs = {*row.get("blobs", {}).values(), *row.get("probe_blobs", {}).values()}
-            if not row.get("blobs") or not blobs <= there:
+            made = {row.get("sha"), row.get("probe_sha", row.get("sha"))}
+            if not made <= there:
                 bad.append(f"{path.name}: {row.get('method', row.get('stage'))} {row.get('variant', '')}")
     return bad
-
-
-def older_rows(paths: list[pathlib.Path]) -> list[str]:
-    """How many rows of each file were made by scripts that have changed since, if only in wording."""
-    names, text = sorted(path.name for path in ROOT.glob("*.py")), []
-    hashes = subprocess.run(["git", "hash-object", "--no-filters", *names], cwd=ROOT, capture_output=True,
-                            text=True, check=True)
-    now = set(zip(names, hashes.stdout.split()))
-    for path in paths:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        older = sum(not now >= {*row["blobs"].items()} for row in rows)
-        if older:
-            text.append(f"{path.name}: {older} of {len(rows)} rows are of older scripts")
-    return text
-
-
-def study():
-    """The script of the study, which knows its factors; imported where it is needed, as it brings torch."""
-    import aug_study
-    return aug_study
 
 
 def collect(name: str, folders: list[str]) -> None:
@@ -284,13 +375,15 @@ def write_readme() -> None:
             made = f"`make {name}`; {'; '.join(machines)}."
             text += [f"## {title}", "", sentence, "", made, "", table(rows)]
             if name == "study":
-                text += ["Its main effects on the probe:", "", study().effects_table(str(path)), ""]
+                text += ["Its main effects on the probe:", "", effects_table(path), ""]
             if (HERE / f"{name}.png").exists():
                 text += [f"![{title}]({name}.png)", ""]
     for path in sorted((HERE / "bench").glob("*.jsonl")):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        made = "`{command}`; {device}, {precision}.".format(**rows[0])
-        hidden = ("sha", "torch", "command", "device", "precision", "blobs")
+        machines = dict.fromkeys(f"{row['device']}, {row['precision']}" for row in rows)
+        made = f"`{rows[0]['command']}`; {'; '.join(machines)}."
+        alike = {key for key in ("device", "precision") if len({row[key] for row in rows}) == 1}
+        hidden = {"sha", "torch", "command", "blobs"} | alike
         shown = [{key: row[key] for key in row if key not in hidden} for row in rows]
         text += [f"## Bench: {path.stem}", "", made, "", markdown(shown), ""]
     (HERE / "README.md").write_text("\n".join(text))
@@ -301,11 +394,10 @@ def main(argv: list[str]) -> None:
     if argv[:1] == ["--rows"] and argv[1:]:
         print(table(read_rows([pathlib.Path(path) for path in argv[1:]])))
     elif argv == ["--check"]:
-        paths = sorted(HERE.glob("**/*.jsonl"))
-        bad = missing_blobs(paths)
-        for line in older_rows(paths):
-            print(line)
-        sys.exit("rows of scripts that the history does not hold:\n" + "\n".join(bad) if bad else 0)
+        bad = unknown_commits(sorted(HERE.glob("**/*.jsonl")))
+        sys.exit("rows without a clean commit of this history:\n" + "\n".join(bad) if bad else 0)
+    elif argv[:1] == ["--effects"] and len(argv) == 2:
+        print(effects_table(pathlib.Path(argv[1])))
     elif argv == ["--help"]:
         print(__doc__)
     elif argv == ["--readme"]:
@@ -314,7 +406,8 @@ def main(argv: list[str]) -> None:
         collect(argv[0], argv[1:] or [f"runs/{argv[0]}"])
     else:
         names = ", ".join(TABLES)
-        fail(f"want NAME [FOLDER...], --rows FILE..., --check or --readme; NAME is one of {names}")
+        fail("want NAME [FOLDER...], --rows FILE..., --effects FILE, --check or --readme; "
+             f"NAME is one of {names}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@
     python tests/bench.py --photos DIR                            # images/s of decoding, map, augmentation
     python tests/bench.py --convs                                 # convolutions, the library's and by matmul
 
+of matmul: the share of the machine that a step uses, its FLOPs (counted once, by torch's counter, with the
+library's convolutions) over its time, divided by the rate of a product of two matrices of 4096 x 4096 in the
+same process, threads and precision.
 step: a step of the real training loop of CIFAR-10, all between two updates included, on random pixels.
 floor: forward and backward of the same network on as many resident random views at the same precision, and
 the target network's forward where there is one. Steps and floors take turns, so that a machine's drift
@@ -23,7 +26,10 @@ import tempfile
 import time
 from unittest import mock
 
+import numpy
 import torch
+from PIL import Image, JpegImagePlugin
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import aug_study  # noqa: E402
@@ -73,7 +79,8 @@ def split(run: common.Run, model: torch.nn.Module):
     seconds, bank = collections.Counter(), npid_distill.MemoryBank
     parts = {"augmentation": [(common.BatchAugment, "forward"), (npid_distill, "cutmix")],
              "fusion": [(bassl, "fuse_views")], "network": [(model, "forward"), (torch.Tensor, "backward")],
-             "bank": [(bank, "in_play"), (bank, "update")], "optimizer": [(run.optimizer, "step")]}
+             "bank": [(bank, name) for name in ("sample", "step", "average")],
+             "optimizer": [(run.optimizer, "step")]}
 
     def timed(part, function):
         def wrapper(*args, **options):
@@ -98,12 +105,26 @@ def split(run: common.Run, model: torch.nn.Module):
     return {f"{part} %": round(100 * spent / whole, 1) for part, spent in seconds.most_common()}
 
 
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 4096) -> float:
+    """FLOP/s of a product of two square matrices, the median of three."""
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    seconds = []
+    for _ in range(4):
+        began = wait(device)
+        a @ b
+        seconds.append(wait(device) - began)
+    return 2 * size**3 / statistics.median(seconds[1:])
+
+
 def measure(name: str):
     """Is resumed with the run after every update; returns the row of a method."""
     run, inputs, pairs = (yield), [], []
     hook = run.encoder.register_forward_pre_hook(lambda _, x: inputs.extend(x))
     yield
     hook.remove()
+    with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"), \
+            mock.patch.object(common, "matmul_parts", lambda *_: ()):
+        yield
     model = run.model["framework"] if run.method == "bassl" else run.model
     one_floor, block = floor(run, model, inputs), 10 if run.device.type == "cuda" else 1
     yield
@@ -118,8 +139,11 @@ def measure(name: str):
         pairs.append(((middle - began) / block, (wait(run.device) - middle) / block))
     step, least = (statistics.median(seconds) for seconds in zip(*pairs))
     ratio = statistics.median(floor / step for step, floor in pairs)
+    rate, flops = matmul_rate(run.device, run.dtype), counter.get_total_flops()
     return {"method": name, "network": f"{run.cfg.arch}, {run.stem} stem, {run.view} px",
             "batch": run.cfg.batch, "images_per_s": round(run.cfg.batch / step, 1),
+            "of matmul": round(flops / step / rate, 3), "GFLOP": round(flops / 1e9, 1),
+            "matmul GFLOP/s": round(rate / 1e9),
             "step_ms": round(1e3 * step, 2), "floor_ms": round(1e3 * least, 2),
             "floor/step": round(ratio, 3), **(yield from split(run, model)),
             "device": common.device_name(run.device), "precision": str(run.dtype).removeprefix("torch.")}
@@ -139,7 +163,7 @@ def bench_method(name: str, flags: list[str]) -> dict:
             raise Done from None
 
     def random_images(dataset, data, split, size, cache, workers, limit):
-        count = limit or common.IMAGES["cifar10"]
+        count = limit or common.DATASETS["cifar10"].images
         pixels = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
         return common.ImageSet(pixels, torch.zeros(count, dtype=torch.long), ["one"])
 
@@ -151,9 +175,18 @@ def bench_method(name: str, flags: list[str]) -> dict:
     return rows[0]
 
 
+def enlarged(path: str, times: int, folder: pathlib.Path) -> str:
+    """A photo with times its width and height, as a JPEG in the folder."""
+    with Image.open(path) as photo:
+        large = photo.convert("RGB").resize((times * photo.width, times * photo.height))
+    large.save(folder / f"{times}x-{pathlib.Path(path).stem}.jpg", quality=90)
+    return str(folder / f"{times}x-{pathlib.Path(path).stem}.jpg")
+
+
 def bench_photos(folder: str, batch: int = 128) -> list[dict]:
     """Images/s of each stage of 224-pixel training by itself."""
-    files, classes = common.list_tree(pathlib.Path(folder).resolve())
+    place = pathlib.Path(folder).resolve()
+    files, classes = common.list_tree(place)
     device, rows = common.pick_device("auto"), []
     augment = common.BatchAugment(224, blur_p=0.5).to(device)
 
@@ -165,8 +198,15 @@ def bench_photos(folder: str, batch: int = 128) -> list[dict]:
         return result
 
     with tempfile.TemporaryDirectory() as cache:
-        args = (files, classes, 256, pathlib.Path(cache) / "photos", 0)
+        args = (place, files, classes, 256, pathlib.Path(cache) / "photos")
         photos = stage("decode into the map, a thread a core", len(files), lambda: common.decoded(*args))
+        large = [enlarged(path, 8, pathlib.Path(cache)) for path, _ in files[:8]]
+        decode_large = lambda: [common.decode(path, 256)[0] for path in large]  # noqa: E731
+        drafts = stage("decode photos 8 times as large, one thread", len(large), decode_large)
+        with mock.patch.object(JpegImagePlugin.JpegImageFile, "draft"):
+            whole = stage("the same, every pixel of them", len(large), decode_large)
+        apart = numpy.abs(numpy.int32(drafts) - numpy.int32(whole)).mean()
+        rows[-1]["mean difference in grey levels"] = round(float(apart), 2)
         order = [index % len(photos) for index in torch.arange(batch * 8).split(batch)]
         stage("read the map", 8 * batch, lambda: [*photos.batches(order, torch.device("cpu"))])
         x = next(photos.batches(order, device))[0]

@@ -1,7 +1,6 @@
-"""The study: losses against formulas, the template's invariants, effects of rows whose answer is known."""
+"""The study: losses against formulas, the template's invariants."""
 import dataclasses
 import itertools
-import json
 import math
 
 import pytest
@@ -12,9 +11,9 @@ import aug_study
 import bassl
 import common
 import npid_distill
-from aug_study import (METHODS, Cell, Template, barlow_loss, dino_loss, effects, mlp, sinkhorn, swav_loss,
-                       switched, vicreg_loss)
-from conftest import (TINY, Small, assert_runs_on_cuda_and_compiles_once, parsed, read_log, run_script)
+from aug_study import (METHODS, Template, barlow_loss, dino_loss, mlp, sinkhorn, swav_loss, switched,
+                       vicreg_loss)
+from conftest import Small, assert_runs_on_cuda_and_compiles_once, read_log
 
 
 def pair(b=6, d=5):
@@ -99,8 +98,8 @@ def test_the_loss_is_the_mean_over_all_pairs_of_a_view_and_a_global_one(switches
     online = model.predictor(z).split(8) + model.predictor(model.projector(model.encoder(local))).split(8)
     target = z if model.method.target_gradient else z.detach()
     target = model.target(views) if model.method.momentum else target
-    memory = model.queue if model.method.queue else model.center
-    losses = [model.method.loss(online[v], target.split(8)[g], memory, 0.2)
+    buffer = model.queue if model.method.queue else model.center
+    losses = [model.method.loss(online[v], target.split(8)[g], buffer, 0.2)
               for g in range(2) for v in range(4) if v != g]
     got, want = model(views, local), sum(losses) / 6
     torch.testing.assert_close(got, want)
@@ -131,46 +130,3 @@ def test_no_method_collapses_in_sixty_steps(name, small, train, monkeypatch):
     out = train("out", *flags.split(), "--methods", name, script=aug_study)
     rank = read_log(out)[-1]["effective_rank"]  # 5.1 to 7.6, and 3.5, over two seeds
     assert (rank > 4.3) == (name != "alignment"), rank
-
-
-def test_effects_are_means_over_pairs_and_a_cell_without_a_partner_has_no_part():
-    base = Cell("simclr", "simclr", "resnet10", "off", "off")
-    cells = {  # what each differs in from the base, and by how many points
-        (): 0, ("aug", "byol"): 2, ("aug", "multicrop"): -1.5, ("momentum", "on"): 0.75,
-        ("predictor", "on"): 0.25, ("arch", "resnet18"): 3, ("arch", "resnet18", "aug", "byol"): 7,
-        ("method", "byol", "predictor", "on", "momentum", "on"): 4.75,
-    }
-    accuracy = {}
-    for seed in (0, 1):
-        for changes, points in cells.items():
-            cell = dataclasses.replace(base, **dict(zip(changes[::2], changes[1::2])))
-            accuracy[cell, seed] = 50 + seed + points
-    accuracy[dataclasses.replace(base, aug="byol"), 2] = 1000  # no other cell of its seed
-    want = {
-        "BYOL's augmentations over SimCLR's": (3, 2), "multi-crop over SimCLR's augmentations": (-1.5, 1),
-        "momentum target on": (0.75, 1), "predictor on": (0.25, 1), "byol over simclr": (4.75, 1),
-        "larger backbone: resnet18 over resnet10": (4, 2),
-    }
-    found = {row["factor"]: (row["per_seed"], row["pairs"]) for row in effects(accuracy)}
-    assert found == {factor: ([points, points], pairs) for factor, (points, pairs) in want.items()}
-
-
-def test_the_effects_of_a_file_of_rows_are_a_table_and_of_another_file_an_error(tmp_path):
-    study, runs = tmp_path / "study.jsonl", [("", 0, 60), ("", 1, 62), ("byol", 0, 63), ("byol", 1, 64.0)]
-    rows = [{"config": vars(parsed(aug_study, *TINY, "--augs", augs)), "seed": seed, "probe_top1": value,
-             "fraction": 1.0, "split": "test"} for augs, seed, value in runs]
-    study.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    printed = run_script("aug_study.py", "--effects", study)
-    # of 3 and 2: t of one degree of freedom is 12.71, the deviation over the root of 2 is a half
-    assert "| BYOL's augmentations over SimCLR's | +2.5 ± 6.4 | 1 x 2 | +2.3 |" in printed.splitlines()
-    for text in ("words", '{"seed": 0}', json.dumps(rows[0] | {"config": {"framework": "simclr"}})):
-        study.write_text(text)
-        with pytest.raises(common.UsageError, match="study.jsonl: no rows of a study"):
-            aug_study.effects_table(str(study))
-
-
-def test_a_switched_run_pairs_with_a_methods_own_row():
-    own = {"methods": "byol", "augs": "", "arch": "resnet10", "predictor": "default", "momentum": "default"}
-    cell = Cell("byol", "byol", "resnet10", "on", "on")
-    assert cell == aug_study.cell_of(own) == aug_study.cell_of(own | {"augs": "byol", "momentum": "on"})
-    assert dataclasses.replace(cell, momentum="off") == aug_study.cell_of(own | {"momentum": "off"})

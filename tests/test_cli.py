@@ -57,7 +57,7 @@ def start(script, *flags):
     ("aug_study.py", "--methods simsiam --predictor off", "collapses"),
     ("aug_study.py", "--methods dino --momentum off", "collapses"),
     ("aug_study.py", "--methods swav --predictor on", "no published form"),
-    ("linear_probe.py", "", "either --backbone FILE or --random"),
+    ("linear_probe.py", "", "want --backbone FILE or --random"),
     ("linear_probe.py", "--backbone none.pt", "none.pt: no such file"),
     ("linear_probe.py", "--random --fraction 0", "above 0 and up to 1"),
 ])
@@ -96,7 +96,7 @@ def test_preview_draws_and_stops(file, small, train):
 ALONE = {
     "bassl": "x = torch.ones(4, 3, 8, 8); nt_xent(*BatchFusion(4, 8)(x).flatten(1).chunk(2), 0.2)",
     "npid_distill": "b = MemoryBank(9, 4); z = b.rows[:2]; p = z @ b.rows.T; sqrt_kl(p)"
-                    "; b.update(torch.tensor([1, 2]), z, p.softmax(1))",
+                    "; b.average(torch.tensor([1, 2]), z)",
     "aug_study": "vicreg_loss(*torch.randn(2, 4, 3)), nt_xent(*torch.randn(2, 4, 3))",
 }
 

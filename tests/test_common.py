@@ -38,9 +38,9 @@ def test_the_whole_augmentation_equals_torchvision_and_autocast_changes_nothing(
     images[:, :2, :, 32:] = torch.tensor([255, 0])[:, None, None]     # an edge of the colour cube
     u = torch.rand(40, common.UNIFORMS, generator=draw)
     aspect = torch.tensor(aspects).repeat(8) if aspects else None
-    got = augment.apply(images, u, order, aspect)
+    got = augment.augment_with(images, u, order, aspect)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(augment.apply(images, u, order, aspect), got)
+        assert torch.equal(augment.augment_with(images, u, order, aspect), got)
     got = got * augment.std[:, None, None] + augment.mean[:, None, None]
     for i in range(40):
         box = box_by_hand(u[i], *images.shape[2:], aspects[i % 5] if aspects else 1.0)
@@ -63,7 +63,8 @@ def test_augmentation_runs_on_cuda_tensors_without_touching_the_host():
         with torch.device("cuda"):
             augment, aspect = BatchAugment(32, blur_p=0.5, solarize_p=0.5), torch.ones(8)
             images, u = torch.zeros(8, 3, 40, 40, dtype=torch.uint8), torch.rand(8, common.UNIFORMS)
-        for views in (augment.apply(images, u, [0, 1, 2, 3], aspect), common.center_view(images, 32, aspect)):
+        for views in (augment.augment_with(images, u, [0, 1, 2, 3], aspect),
+                      common.center_view(images, 32, aspect)):
             assert views.device.type == "cuda" and views.shape == (8, 3, 32, 32)
 
 

@@ -61,7 +61,7 @@ def test_boxes_of_photos_stay_inside_reach_every_side_and_have_the_asked_ratio(w
     saved(np.zeros((height, width, 3), np.uint8), tmp_path / "photos" / "0.png")
     aspect = load(tmp_path / "photos", 64).aspect.expand(2000)
     u = torch.rand(2000, common.UNIFORMS, generator=common.seeded("photos"))
-    top, left, tall, wide = common.BatchAugment(32).boxes(u[:, :22], 64, 64, aspect)
+    top, left, tall, wide = common.BatchAugment(32).boxes(u, 64, 64, aspect)
     for begin, length in ((top, tall), (left, wide)):
         assert begin.min() == 0 and (begin + length).max() == 64
     ratio, area = (wide * width) / (tall * height), wide * tall / 64**2
@@ -84,7 +84,8 @@ def test_the_centre_view_of_a_photo_is_torchvisions_resize_and_crop(width, heigh
 def test_views_of_square_images_do_not_change_by_one_bit():
     x, u = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8), torch.rand(8, common.UNIFORMS)
     augment, square = common.BatchAugment(32, blur_p=0.5), torch.ones(8)
-    assert torch.equal(augment.apply(x, u, [0, 1, 2, 3]), augment.apply(x, u, [0, 1, 2, 3], square))
+    views, as_photos = (augment.augment_with(x, u, [0, 1, 2, 3], aspect) for aspect in (None, square))
+    assert torch.equal(views, as_photos)
     center = TF.normalize(x[:, :, 4:60, 4:60] / 255, common.MEAN, common.STD)
     assert torch.equal(common.center_view(x, 56, square), center)
 
@@ -184,7 +185,7 @@ def test_a_broken_file_is_named_once_and_left_out_and_above_one_percent_nothing_
         (tree / "train" / name).write_bytes(b"")
     with pytest.raises(RunError, match="3 of 200 images do not decode: .*00[789].png"):
         load(tree, 9)
-    assert cached(tree) == [".u8"]
+    assert cached(tree) == [".npy", ".npy"]
 
 
 def test_a_full_disk_is_one_error_before_the_first_image_or_in_the_middle_and_leaves_nothing(
@@ -195,7 +196,7 @@ def test_a_full_disk_is_one_error_before_the_first_image_or_in_the_middle_and_le
         with pytest.raises(RunError, match="100 decoded images take 0.02 GB.* 0.01 GB left.*--cache"):
             load(tree, 224)
     assert not calls
-    with disk_of(1_000_000), pytest.raises(RunError, match="could not write .*u8 .File too large"):
+    with disk_of(1_000_000), pytest.raises(RunError, match="could not write .*npy .File too large"):
         load(tree, 224)
     assert not cached(tree)
 
@@ -204,10 +205,10 @@ def test_a_full_disk_is_one_error_before_the_first_image_or_in_the_middle_and_le
 def test_a_kill_while_decoding_leaves_nothing_that_reads_as_whole(function, nth, tmp_path, calls):
     tree = made_tree(tmp_path / "set")
     killed(lambda: load(tree), function, nth)
-    assert ".u8" not in cached(tree)
+    assert not [path for path in (tree.parent / "cache").glob("*px-*.npy") if "aspect" not in path.name]
     images = load(tree)                                               # decodes all of them anew
     assert len(calls) == 40 and colours(images) == [*range(0, 40, 2), *range(1, 40, 2)]
-    assert (images.aspect == 1).all() and cached(tree) == [".u8"]     # squares are not squashed
+    assert (images.aspect == 1).all() and cached(tree) == [".npy", ".npy"]  # no squashed squares
 
 
 def test_two_runs_at_once_decode_once(tmp_path, monkeypatch, calls):

@@ -78,12 +78,10 @@ def test_auto_takes_the_small_recipe_on_a_cpu_and_for_shapes_and_else_goes_by_th
         assert {recipe(name) for name in ("imagenet100", "imagenet1k", "folder")} == {"imagenet"}
 
 
-def test_an_optimizer_without_a_rate_takes_one_that_was_made_for_it():
-    sources = {"adamw": "--recipe small", "lars": "--recipe imagenet --dataset imagenet100"}
-    for optimizer, source in sources.items():
-        found, other = (resolved(f"bassl --dataset cifar10 {flags}")
-                        for flags in (f"--recipe cifar --optimizer {optimizer}", source))
-        assert all(found[name] == other[name] for name in ("lr", "wd", "warmup")) and found["batch"] == 512
+def test_an_optimizer_that_is_not_the_recipes_wants_a_rate_of_its_own():
+    with pytest.raises(common.UsageError, match="--optimizer adamw: give --lr too"):
+        resolved("bassl --dataset cifar10 --optimizer adamw")
+    assert resolved("bassl --dataset cifar10 --optimizer sgd")["lr"] == 0.12
     assert resolved("npid_distill --dataset cifar10 --optimizer adamw --lr 0.002")["lr"] == 0.002
 
 

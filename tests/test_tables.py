@@ -1,4 +1,5 @@
 """Rows to tables: paired effects by hand, seeds, the control, published numbers, the committed page."""
+import dataclasses
 import json
 import math
 import shutil
@@ -37,7 +38,7 @@ def test_an_effect_is_the_mean_of_differences_within_a_seed_and_its_interval_stu
     # of 2, 1 and 5: Student's t of 2 degrees of freedom is 4.303
     half = 4.303 * statistics.stdev([2, 1, 5]) / math.sqrt(3)
     assert [float(x) for x in line["effect on probe"].split(" ± ")] == pytest.approx([8 / 3, half], abs=0.06)
-    assert tables.interval([]) == "" and tables.interval([-1.0]) == "-1.0"
+    assert tables.points([]) == "" and tables.points([-1.0]) == "-1.0" and tables.points([-0.01]) == "+0.0"
 
 
 def test_a_partner_is_the_run_of_the_fewest_other_flags_then_of_the_nearest_minutes():
@@ -75,6 +76,61 @@ def test_published_numbers_stand_in_italics_below_and_wrong_files_are_named(tmp_
         assert "rows.jsonl holds no result rows" in capsys.readouterr().err + str(end.value.code)
 
 
+def study_row(seed, value, method="simclr", augs="", arch="resnet10", **other):
+    flags = {"predictor": other.pop("predictor", "default"), "momentum": other.pop("momentum", "default")}
+    config = {"methods": method, "augs": augs, "arch": arch, **flags}
+    return row(seed=seed, probe_top1=value, arch=arch, config=config, **other)
+
+
+def test_effects_are_means_over_pairs_and_a_cell_without_a_partner_has_no_part():
+    cells = [  # what each differs in from the base, and by how many points
+        ({}, 0), ({"augs": "byol"}, 2), ({"augs": "multicrop"}, -1.5), ({"momentum": "on"}, 0.75),
+        ({"predictor": "on"}, 0.25), ({"arch": "resnet18", "effective_lr": 0.2}, 3),
+        ({"arch": "resnet18", "augs": "byol"}, 7), ({"method": "byol", "augs": "simclr"}, 4.75)]
+    rows = [study_row(seed, 50 + seed + points, **changes) for seed in (0, 1) for changes, points in cells]
+    rows.append(study_row(2, 1000, augs="byol"))  # no other cell of its seed
+    want = {
+        "BYOL's augmentations over SimCLR's": (3, 2), "multi-crop over SimCLR's augmentations": (-1.5, 1),
+        "momentum target on": (0.75, 1), "predictor on": (0.25, 1), "byol over simclr": (4.75, 1),
+        "larger backbone: resnet18 over resnet10": (4, 2),
+    }
+    found = {line["factor"]: (line["per_seed"], line["pairs"]) for line in tables.effects(rows)}
+    assert found == {factor: ([points, points], pairs) for factor, (points, pairs) in want.items()}
+
+
+@pytest.mark.parametrize("change", [
+    dict(dataset="cifar100"), dict(pretrained_on="cifar100"), dict(images=50), dict(epochs=3), dict(batch=32),
+    dict(fraction=0.1), dict(view=32), dict(stem="imagenet"), dict(device="y"), dict(precision="bf16"),
+    dict(probe_precision="bf16")], ids=str)
+def test_no_effect_is_made_of_runs_of_other_settings(change):
+    assert len(tables.effects([study_row(0, 60), study_row(0, 20, method="moco")])) == 1
+    assert tables.effects([study_row(0, 60), study_row(0, 20, method="moco", **change)]) == []
+
+
+def test_a_switched_run_is_the_cell_that_a_method_is_of_itself():
+    own = study_row(0, 1, method="byol")["config"]
+    assert tables.cell_of(own) == tables.cell_of(own | {"augs": "byol", "momentum": "on"})
+    off = tables.cell_of(own | {"momentum": "off"})
+    assert off == dataclasses.replace(tables.cell_of(own), momentum="off") != tables.cell_of(own)
+
+
+def test_the_effects_of_a_file_of_rows_are_a_table_and_of_another_file_an_error(tmp_path, capsys):
+    study = tmp_path / "study.jsonl"
+    rows = [study_row(seed, value, augs=augs) for augs, seed, value in
+            (("", 0, 60), ("", 1, 62), ("byol", 0, 63), ("byol", 1, 64.0))]
+    study.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tables.main(["--effects", str(study)])
+    # of 3 and 2: t of one degree of freedom is 12.71, the deviation over the root of 2 is a half
+    [line] = cells(capsys.readouterr().out)
+    assert [*line.values()] == ["BYOL's augmentations over SimCLR's", "+2.5 ± 6.4", "1 x 2", "+2.3"]
+    twice = f"{json.dumps(rows[0])}\n{json.dumps(rows[0])}"
+    for text in ("words", '{"seed": 0}', json.dumps(rows[0] | {"config": {"framework": "simclr"}}), twice):
+        study.write_text(text)
+        with pytest.raises(SystemExit) as end:
+            tables.main(["--effects", str(study)])
+        assert end.value.code == 2 and "study.jsonl" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not (ROOT / "results" / "README.md").exists(), reason="there is no results/README.md")
 def test_the_committed_page_of_results_is_what_its_rows_say(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "results", tmp_path / "results")
@@ -84,10 +140,12 @@ def test_the_committed_page_of_results_is_what_its_rows_say(tmp_path, monkeypatc
     assert pages[0] == pages[1]
 
 
-def test_every_committed_row_names_scripts_that_the_history_holds(tmp_path):
+def test_every_committed_row_names_a_clean_commit_of_this_history(tmp_path):
     shallow = ["git", "rev-parse", "--is-shallow-repository"]
     if subprocess.run(shallow, cwd=ROOT, capture_output=True, text=True).stdout.strip() != "false":
         pytest.skip("no whole history here")
-    assert tables.missing_blobs(sorted((ROOT / "results").glob("**/*.jsonl"))) == []
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"method": "m", "blobs": {"common.py": "0" * 40}}))
-    assert tables.missing_blobs([tmp_path / "rows.jsonl"]) == ["rows.jsonl: m "]
+    assert tables.unknown_commits(sorted((ROOT / "results").glob("**/*.jsonl"))) == []
+    head = subprocess.check_output(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, text=True).strip()
+    for made in ({"sha": "0" * 12}, {"sha": f"{head}-dirty"}, {"sha": head, "probe_sha": "unknown"}, {}):
+        (tmp_path / "rows.jsonl").write_text(json.dumps({"method": "m"} | made))
+        assert tables.unknown_commits([tmp_path / "rows.jsonl"]) == ["rows.jsonl: m "]
