@@ -9,6 +9,11 @@ shares the online weights (with or without its gradient) or follows them by mome
 view against one target view, averaged over every pair of a target (global) view and another online view. A
 method is one row of METHODS, an augmentation one row of AUGMENTATIONS. A study is a list of runs:
 results/study.sh.
+
+Differences from the peers' recipes: SwAV on CIFAR by SGD (lightly: Adam) and without a queue; SwAV and DINO
+with six local views, BYOL, Barlow Twins and VICReg with BYOL's pair of views (lightly on CIFAR: two SimCLR
+views); at most 64 px nothing is blurred; one rate per method and recipe, whatever the augmentation.
+
 Shapes: B batch, V views (global ones first), D embedding, K queue rows or prototypes.
 """
 import copy

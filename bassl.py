@@ -22,6 +22,10 @@ what is done about that:
   one          only the first view is fused: nothing is shared, so nothing can leak
   adversarial  the same, with the gradient into the convolution reversed: it learns to disturb
 
+With the gate open and unpaired images, where only a shortcut can help, the loss of plain falls from 5.54,
+chance at batch 128, to 4.98 and that of the others stays (results/bassl-fusion.sh). Heads are those of
+lightly's CIFAR-10 benchmark on every set, and all frameworks get SimCLR's symmetric views.
+
 Shapes: B batch, C channels, N patches, D values per patch or embedding dimension.
 """
 import copy

@@ -11,9 +11,19 @@ its switch:
 - gradient update (--update grad): rows follow the cross-entropy's gradient, negatives too, see grad_update;
 - self-distillation (--lambda-kl): KL(p' || u), u = p'^power renormalised, no gradient through u, see sqrt_kl.
 The two softmaxes differ: the cross-entropy divides cosines by tau, p' of the KL term is of the cosines as
-they are, as in the official code (--temper-kl divides them too). The gradient update is not in that code, and
-the paper's full text was not at hand: the use of the momentum in it is our reading. README, "Deviations in
-NPID", has the rest.
+they are, as in the official code (--temper-kl divides them too).
+
+Differences from the official code, whose numbers the recipe takes:
+- The gradient update is not in it, and the paper's full text was not at hand: the use of the momentum is our
+  reading. --update ema is the rule that is there. Under CutMix the gradient moves both labels' rows by their
+  shares, the average the image's own row alone.
+- The first pass leaves no image out (there the last batch is dropped, and its rows stay zero).
+- The bank is in the checkpoint, and one over all processes (there it is lost at a restart, and each process
+  has its own).
+- The KL term carries its gradient through one softmax; value and gradient are those of the two. The logged
+  loss holds it.
+- One random box per batch for CutMix, as there; its pairs are made within a process.
+- The blur of sets that have it (not CIFAR, not shapes) uses a kernel of a tenth of the view.
 
 Shapes: B batch, N images, D embedding, K rows that a step looks at, L labels per sample (2 under CutMix).
 """

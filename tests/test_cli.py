@@ -1,5 +1,6 @@
 """The command line as a user meets it: wrong usage, every documented command, `make`."""
 import collections
+import dataclasses
 import importlib
 import inspect
 import json
@@ -91,6 +92,43 @@ def test_preview_draws_and_stops(file, small, train):
     image = np.asarray(Image.open(out / "preview.png"))
     assert min(image.shape[:2]) >= 2 * 16 and image.std() > 20
     assert [path.name for path in out.iterdir()] == ["preview.png"]
+
+
+def test_a_field_without_a_comment_has_a_flag_too_and_the_probes_help_names_no_recipe(capsys):
+    @dataclasses.dataclass
+    class Config:
+        plain: int = 3
+    assert common.parse(Config, "", ["--plain", "4"]).plain == 4
+    assert start("linear_probe.py", "--help") == 0
+    assert "recipe" not in capsys.readouterr().out.rsplit("--neighbours", 1)[1]
+
+
+@pytest.mark.parametrize("file, flags, name", [
+    (bassl, "", "bassl"), (bassl, "--layers 0", "simclr"),
+    (bassl, "--framework moco --queue 64", "bassl-moco"),
+    (bassl, "--framework byol --layers 0", "plain-byol"),
+    (npid_distill, "--dim 16", "npid"),
+    (aug_study, "", "study-simclr"), (aug_study, "--methods byol", "byol")])
+def test_a_runs_own_folder_is_the_one_that_make_names(file, flags, name, small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file.train(parsed(file, *TINY, "--epochs", 1, *flags.split()))
+    assert [path.parent.name for path in tmp_path.rglob("backbone.pt")] == [name]
+
+
+def test_the_table_of_data_sets_agrees_with_the_makefile_and_the_recipes():
+    text = (ROOT / "Makefile").read_text()
+    listed = re.search(r"^SETS +:= (.*)$", text, re.M)[1].split()
+    assert listed == [name for name in common.DATASETS if name != "folder"]
+    for file in FILES:
+        named = {key.split()[1] for key in file.RECIPES if " " in key} & common.DATASETS.keys()
+        assert {"shapes", "tinyimagenet"} <= named <= common.DATASETS.keys()
+        for name, known in common.DATASETS.items():
+            small = ["--dataset", name, "--recipe", "small"]
+            if known.small:
+                assert parsed(file, *small).recipe == "small"
+            else:
+                with pytest.raises(common.UsageError, match="--recipe small is for shapes, cifar10, "):
+                    parsed(file, *small)
 
 
 ALONE = {
@@ -188,6 +226,34 @@ def test_a_command_of_the_readme_runs_shortened_by_its_own_flags(words, tmp_path
     assert start(script, *flags) == 0
 
 
+PRELUDE = """
+import torch, torchvision
+class Noise(torchvision.datasets.FakeData):
+    def __init__(self, root, download, transform):
+        super().__init__(16, (3, 32, 32), transform=transform)
+def one_batch(images, batch, **_):
+    return [torch.utils.data.default_collate([images[i] for i in range(batch)])] * 20
+losses, backward = [], torch.Tensor.backward
+torchvision.datasets.CIFAR10, torch.utils.data.DataLoader = Noise, one_batch
+torch.Tensor.backward = lambda loss: losses.append(loss.item()) or backward(loss)
+torch.manual_seed(0)
+"""
+
+
+@pytest.mark.parametrize("file", ["bassl", "npid_distill"])
+def test_the_readmes_loop_around_a_copied_file_lowers_its_loss_on_one_batch_of_views(file, tmp_path):
+    shutil.copy(ROOT / f"{file}.py", tmp_path)
+    loop = re.search(rf"```python\n((?:(?!```).)*from {file} import.*?)```", README, re.S)[1]
+    assert loop.count("= 200, 256") == 1
+    loop = loop.replace("= 200, 256", "= 1, 16")
+    told = "import sys; print('common' in sys.modules, *losses)"
+    printed = run_script("-c", f"{PRELUDE}{loop}{told}", cwd=tmp_path)
+    with_common, *losses = printed.splitlines()[-1].split()
+    losses = [float(loss) for loss in losses]
+    assert with_common == "False" and len(losses) == 20
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5]), losses
+
+
 def test_the_readmes_ninth_method_trains(small, train, monkeypatch):
     code = re.search(r"```python\n((?:(?!```).)*def uniform_loss.*?)```", README, re.S)[1]
     monkeypatch.setattr(aug_study, "METHODS", dict(aug_study.METHODS))
@@ -196,6 +262,21 @@ def test_the_readmes_ninth_method_trains(small, train, monkeypatch):
     [ninth] = {*aug_study.METHODS} - eight
     flags = ["--methods", ninth, "--augs", "multicrop", "--size", 32, "--view", 32]
     assert (train("out", *flags, script=aug_study) / "backbone.pt").exists()
+
+
+def test_make_quotes_a_folder_with_a_space_and_asks_torch_how_many_runs_stand_side_by_side(tmp_path):
+    for side in (1, 2):
+        stub = tmp_path / "python"
+        stub.write_text(f"""#!/bin/sh
+case "$1" in -c) echo {side};; *) echo "threads $OMP_NUM_THREADS" "$@";; esac
+""")
+        stub.chmod(0o755)
+        printed = make("cifar10", f"PYTHON={stub}", "DATA=~/my data", "METHODS=npid", f"OUT={tmp_path}/runs")
+        threads = max(1, os.cpu_count() // side)
+        assert f"threads {threads} npid_distill.py" in printed
+        assert printed.count("--data '~/my data'") == 3  # as make echoes it, in three commands
+    done = subprocess.run(["make", "cifar10", "OUT=my runs"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode and 'OUT="my runs"' in done.stderr
 
 
 def test_make_ends_in_a_table_and_does_nothing_new_when_called_again(tmp_path):

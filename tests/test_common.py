@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -90,6 +91,12 @@ def test_a_convolution_of_few_pixels_equals_float64_with_both_gradients(kernel, 
             torch.testing.assert_close(ours.double(), exact, rtol=close, atol=close * scale)
 
 
+def test_a_model_that_holds_an_augmentation_can_be_walked():
+    seen = []
+    torch.nn.Sequential(BatchAugment(8), torch.nn.Linear(2, 2)).apply(seen.append)
+    assert len(seen) == 3
+
+
 def test_lars_is_sgd_on_a_scaled_gradient_and_is_clipped_at_the_global_rate():
     draw, clipped = common.seeded("lars"), []
     ours = [torch.randn(shape, dtype=torch.float64, generator=draw) for shape in ((4, 3), (3,), ())]
@@ -121,6 +128,19 @@ def test_knn_equals_a_loop_over_votes():
                 votes[labels[i]] += math.exp(cosines[i] / 0.1)
             right += votes.index(max(votes)) == label
         assert common.knn(train, labels, 3 * test, truth, k=k) == pytest.approx(100 * right / 40)
+
+
+def test_knn_without_weights_counts_votes_and_of_equal_classes_takes_the_lowest():
+    draw = common.seeded("votes")
+    train, test = (torch.randn(n, 5, dtype=torch.float64, generator=draw) for n in (60, 200))
+    labels, truth = (torch.randint(0, 4, (n,), generator=draw) for n in (60, 200))
+    right = ties = 0
+    for x, label in zip(F.normalize(test), truth.tolist()):
+        nearest = (F.normalize(train) @ x).argsort(descending=True)[:10]
+        votes = labels[nearest].bincount(minlength=4).tolist()
+        ties += votes.count(max(votes)) > 1
+        right += votes.index(max(votes)) == label
+    assert ties > 20 and common.knn(train, labels, test, truth, 10, math.inf) == pytest.approx(right / 2)
 
 
 def test_spectrum_knows_a_collapse():

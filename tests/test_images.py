@@ -9,6 +9,7 @@ import pytest
 import torch
 import torchvision.transforms.v2.functional as TF
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 import common
 from common import RunError
@@ -169,6 +170,37 @@ def test_limit_and_preview_decode_no_more_than_they_need_and_a_map_is_shared_unt
     (tree / "train" / "a" / "000.png").rename(tree / "train" / "b" / "000.png")
     images = load(tree)
     assert colours(images)[19] == 0 and images.labels.tolist() == [0] * 19 + [1] * 21
+
+
+def test_a_limited_map_says_so_and_none_is_made_where_the_whole_one_is_there(tmp_path, calls):
+    tree = made_tree(tmp_path / "set")
+    few = load(tree, limit=10)
+    [name] = [path.name for path in (tmp_path / "cache").glob("*.npy") if "aspect" not in path.name]
+    assert name.startswith("folder-train-8px-first-10-")
+    load(tree)
+    for limit in (10, 20, 39):
+        images = load(tree, limit=limit)
+        order = torch.randperm(40, generator=common.seeded(0))[:limit]
+        assert torch.equal(images.labels, load(tree).labels[order]) and len(images) == limit
+        assert colours(images) == [colours(load(tree))[i] for i in order.tolist()]
+    assert len(calls) == 10 + 40 and len(cached(tree)) == 4
+    few_again = load(tree, limit=10)
+    assert colours(few_again) == colours(few) and few_again.names == few.names != load(tree).names
+
+
+def test_a_large_jpeg_is_decoded_at_a_part_of_its_pixels_to_nearly_the_same_image(tmp_path, monkeypatch):
+    draw = common.seeded("photo")
+    photo = sum(TF.resize(torch.randn(3, n, n, generator=draw), [600, 800]) for n in (3, 9, 40))
+    photo = ((photo - photo.min()) / (photo.max() - photo.min()) * 255).to(torch.uint8)
+    path = saved(photo.permute(1, 2, 0).numpy(), tmp_path / "large.jpg", quality=95)
+    sizes, resize = [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize",
+                        lambda image, *args: sizes.append(image.size) or resize(image, *args))
+    (part, aspect), (near, _) = common.decode(str(path), 64), common.decode(str(path), 400)
+    monkeypatch.setattr(JpegImageFile, "draft", lambda *_: None)
+    (whole, _), (same, _) = common.decode(str(path), 64), common.decode(str(path), 400)
+    assert sizes == [(100, 75), (800, 600), (800, 600), (800, 600)] and aspect == pytest.approx(4 / 3)
+    assert np.abs(part.astype(int) - whole).mean() < 2 and (near == same).all()
 
 
 def test_a_broken_file_is_named_once_and_left_out_and_above_one_percent_nothing_is_written(tmp_path, capsys):

@@ -2,6 +2,7 @@
 import json
 import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -152,6 +153,62 @@ def test_a_probe_that_dies_is_completed_and_one_of_more_protocols_takes_its_rows
     assert len(rows_of(backbone.parent)) == 3, "another rate is another probe"
     probe("--backbone", backbone, "--no-quick", "--fraction", 0.5)
     assert len(rows_of(backbone.parent)) == 4
+
+
+def test_an_untrained_network_like_a_files_has_its_arch_stem_size_set_and_seed_alone(backbone, few):
+    row = probe("--random", "--backbone", backbone, "--no-quick")
+    want = dict(method="random", variant="untrained", dataset="shapes", arch="resnet10", stem="imagenet")
+    want |= dict(size=16, seed=3)
+    assert {key: row[key] for key in want} == want and not {"epochs", "images", "config"} & row.keys()
+    assert row["backbone"] != probe("--backbone", backbone, "--no-quick")["backbone"]
+    torch.manual_seed(3)
+    fresh = common.resnet("resnet10", "imagenet").to(memory_format=torch.channels_last)
+    assert row["backbone"] == linear_probe.fingerprint(fresh)[:16]
+
+
+def test_a_run_that_goes_on_can_be_probed_and_stays_out_of_tables(backbone, few, capsys):
+    state = torch.load(backbone.with_name("checkpoint.pt"), weights_only=True)
+    torch.save(state | {"step": 1}, backbone.with_name("checkpoint.pt"))
+    row = probe("--backbone", backbone, "--no-quick")
+    assert (row["step"], row["steps"]) == (1, 3) and "step 1 of 3" in capsys.readouterr().out
+    sys.path.append(str(ROOT / "results"))
+    import tables
+    results = backbone.with_name("results.jsonl")
+    assert tables.read_rows([results]) == []
+    results.write_text(json.dumps(row | {"step": 3}))
+    assert len(tables.read_rows([results])) == 1
+
+
+def test_features_in_bf16_make_a_probe_of_their_own_and_a_row_without_a_precision_is_float32(backbone, few):
+    exact = probe("--backbone", backbone, "--no-quick", "--amp", "off")
+    rows = rows_of(backbone.parent)
+    del rows[0]["probe_precision"]
+    backbone.with_name("results.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    assert probe("--backbone", backbone, "--no-quick", "--amp", "off") == rows[0]
+    rough = probe("--backbone", backbone, "--no-quick", "--amp", "bf16")
+    assert (exact["probe_precision"], rough["probe_precision"]) == ("float32", "bfloat16")
+    assert len(rows_of(backbone.parent)) == 2
+
+
+@pytest.mark.parametrize("name, text, words", [
+    ("log.jsonl", "step 1\nstep 2\n", "log.jsonl is not the log of a pretraining"),
+    ("log.jsonl", '{"loss": 1.5}\n', "log.jsonl is not the log of a pretraining"),
+    ("log.jsonl", "", "log.jsonl is not the log of a pretraining"),
+    ("results.jsonl", '{"knn_top1": 3', "has lines that are no result rows"),
+    ("results.jsonl", '[1]\n', "has lines that are no result rows")])
+def test_a_foreign_log_and_a_damaged_row_are_one_line(name, text, words, backbone, few):
+    backbone.with_name(name).write_text(text)
+    with pytest.raises(UsageError, match=words):
+        probe("--backbone", backbone, "--no-quick")
+
+
+def test_features_that_are_not_finite_are_named_before_the_first_metric(backbone, few):
+    state = torch.load(backbone, weights_only=True)
+    state["layer4.0.bn2.weight"][:] = float("nan")
+    torch.save(state, backbone)
+    with pytest.raises(common.RunError, match="features are not finite"):
+        probe("--backbone", backbone)
+    assert not backbone.with_name("results.jsonl").exists()
 
 
 def test_held_out_never_asks_for_the_test_split_and_its_parts_are_disjoint(few):
