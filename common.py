@@ -279,20 +279,15 @@ def broadcast(module: nn.Module) -> None:
 
 def origin() -> dict:
     """What made a log or a row: commit, -dirty where a script differs from it, torch's version, command."""
-    folder = pathlib.Path(__file__).absolute().parent
-
-    def git(command: str) -> subprocess.CompletedProcess:  # by a shell, which is no error where git is not
-        return subprocess.run(f"git {command}", shell=True, cwd=folder, capture_output=True, text=True)
-
-    sha = git("rev-parse --short=12 HEAD").stdout.strip()
-    if sha and git("diff --quiet HEAD -- '*.py'").returncode:
-        sha += "-dirty"
+    git = "git rev-parse --short=12 HEAD && (git diff --quiet HEAD -- '*.py' || echo -dirty)"
+    said = subprocess.run(git, shell=True, cwd=pathlib.Path(__file__).absolute().parent, capture_output=True,
+                          text=True).stdout  # by a shell, which is no error where git is not
     launcher = [pathlib.Path(sys.executable).name]
     if world() > 1:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", world()))  # processes on this node
         launcher = ["torchrun", f"--nnodes={world() // here}", f"--nproc-per-node={here}"]
     command = shlex.join([*launcher, *sys.argv])
-    return {"sha": sha or "unknown", "torch": torch.__version__, "command": command}
+    return {"sha": "".join(said.split()) or "unknown", "torch": torch.__version__, "command": command}
 
 
 # --------------------------------------------------------------------------------------------------- images
@@ -515,16 +510,13 @@ def decoded(place: pathlib.Path, files: Files, classes: list[str], size: int, pa
     Beside it a file of aspects, 0 = does not decode. The digest is of the files' names: a file that changes
     under the same name is not seen.
     """
-    def map_of(files: Files, name: str) -> pathlib.Path:
-        return path.with_name(f"{name}-{digest_of(file for file, _ in files)}.npy")
-
-    store, order = map_of(files, path.name), torch.arange(len(files))
+    order, store = torch.arange(len(files)), path.with_name(f"{path.name}-{digest_of(dict(files))}.npy")
     if limit and limit < len(files):
         order = torch.randperm(len(files), generator=seeded(0))[:limit]
     chosen = [files[i] for i in order.tolist()]
-    if limit and not store.exists():
-        files, order = chosen, torch.arange(len(chosen))
-        store = map_of(files, f"{path.name}-first-{len(files)}")
+    if len(chosen) < len(files) and not store.exists():
+        files, order = chosen, torch.arange(limit)
+        store = path.with_name(f"{path.name}-first-{limit}-{digest_of(dict(files))}.npy")
     store.parent.mkdir(parents=True, exist_ok=True)
     if not store.exists():
         with open(store.with_suffix(".lock"), "w") as lock:
@@ -777,21 +769,23 @@ def save_grid(path: pathlib.Path, views: Tensor, columns: int) -> None:
 # --------------------------------------------------------------------------------------- backbone, features
 
 
+# torch's convolution on a CPU, oneDNN's, reads all weights once an image: where they are large and images
+# have few pixels it waits for memory. There one matmul for each pixel of the result is several times as fast.
+
+
 @functools.cache
 def conv_terms(x_shape: torch.Size, weight_shape: torch.Size, stride: int, padding: int) -> list[dict]:
-    """The (output, tap, input) whose products make a convolution, as dicts from each output, from each tap
-    and from each input to its own. Positions count row by row; what a tap sees of the padding is no term."""
-    def along(size: int):
-        outputs = (size + 2 * padding - kernel) // stride + 1
-        met = [(o, t, o * stride + t - padding) for o in range(outputs) for t in range(kernel)]
-        return [(o, t, i) for o, t, i in met if 0 <= i < size]
-
+    """The (output, tap, input) whose products make a convolution, as dicts from each output, each tap and
+    each input to its own. Positions count row by row; what a tap sees of the padding is no term."""
     height, width, kernel = *x_shape[2:], weight_shape[2]
-    wide, groups = (width + 2 * padding - kernel) // stride + 1, [{}, {}, {}]
-    for (o, t, i), (p, u, j) in itertools.product(along(height), along(width)):
-        term = o * wide + p, t * kernel + u, i * width + j
-        for group, position in zip(groups, term):
-            group.setdefault(position, []).append(term)
+    outputs = [(size + 2 * padding - kernel) // stride + 1 for size in (height, width)]
+    groups = [{}, {}, {}]
+    for y, x, v, u in itertools.product(*map(range, (*outputs, kernel, kernel))):
+        i, j = y * stride + v - padding, x * stride + u - padding
+        if 0 <= i < height and 0 <= j < width:
+            term = y * outputs[1] + x, v * kernel + u, i * width + j
+            for group, position in zip(groups, term):
+                group.setdefault(position, []).append(term)
     return groups
 
 
@@ -801,17 +795,15 @@ def positions(x: Tensor) -> Tensor:
 
 
 class MatmulConv(torch.autograd.Function):
-    """A convolution of x (B, C, H, W) with weight (D, C, K, K), channels last, without bias.
-
-    parts: which of "output", "input" and "weight", the result and the gradients into x and weight, are made
-    of one matmul a position, over the terms that it has; the others are the library's.
-    """
+    """A convolution of x (B, C, H, W) with weight (D, C, K, K), channels last, without bias. The gradient
+    into the weight is a matmul a tap; where whole is set the result is one an output, and the gradient into x
+    one an input, else these two are the library's."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, stride: int, padding: int, parts: tuple[str, ...]) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, stride: int, padding: int, whole: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.options = stride, padding, parts
-        if "output" not in parts:
+        ctx.options = stride, padding, whole
+        if not whole:
             return F.conv2d(x, weight, None, stride, padding)
         height, width = ((size + 2 * padding - weight.shape[2]) // stride + 1 for size in x.shape[2:])
         y = x.new_empty(len(x), len(weight), height, width).to(memory_format=torch.channels_last)
@@ -823,50 +815,36 @@ class MatmulConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (x, weight), (stride, padding, parts) = ctx.saved_tensors, ctx.options
+        (x, weight), (stride, padding, whole) = ctx.saved_tensors, ctx.options
         grad = grad.contiguous(memory_format=torch.channels_last)
+        xs, weights, grads = positions(x), positions(weight), positions(grad)
         _, of_taps, of_inputs = conv_terms(x.shape, weight.shape, stride, padding)
-        x_grad = weight_grad = None
-        if ctx.needs_input_grad[0] and "input" not in parts:
-            x_grad = torch.nn.grad.conv2d_input(x.shape, weight, grad, stride, padding)
-        elif ctx.needs_input_grad[0]:
+        x_grad, weight_grad = None, torch.zeros_like(weight)
+        if ctx.needs_input_grad[0] and whole:
             x_grad = torch.zeros_like(x)
-            weights, grads, x_grads = positions(weight), positions(grad), positions(x_grad)
             for i, terms in of_inputs.items():
                 outputs = torch.cat([grads[o] for o, _, _ in terms], 1)             # (B, D a term)
-                x_grads[i] = outputs @ torch.cat([weights[t] for _, t, _ in terms])
-        if ctx.needs_input_grad[1] and "weight" not in parts:
-            weight_grad = torch.nn.grad.conv2d_weight(x, weight.shape, grad, stride, padding)
-        elif ctx.needs_input_grad[1]:
-            weight_grad = torch.zeros_like(weight)
-            xs, grads, weight_grads = positions(x), positions(grad), positions(weight_grad)
-            for t, terms in of_taps.items():
-                outputs = torch.cat([grads[o] for o, _, _ in terms])                # (B a term, D)
-                weight_grads[t] = outputs.T @ torch.cat([xs[i] for _, _, i in terms])
+                positions(x_grad)[i] = outputs @ torch.cat([weights[t] for _, t, _ in terms])
+        elif ctx.needs_input_grad[0]:
+            x_grad = torch.nn.grad.conv2d_input(x.shape, weight, grad, stride, padding)
+        for t, terms in of_taps.items():
+            outputs = torch.cat([grads[o] for o, _, _ in terms])                    # (B a term, D)
+            positions(weight_grad)[t] = outputs.T @ torch.cat([xs[i] for _, _, i in terms])
         return x_grad, weight_grad, None, None, None
 
 
-def matmul_parts(pixels: int, weight: Tensor, dtype: torch.dtype) -> tuple[str, ...]:
-    """What of a convolution to results of `pixels` x `pixels` is faster by MatmulConv than by oneDNN, the
-    library: its kernels read all weights once an image, from beyond the cache where they are large, and its
-    gradients of few pixels are slower yet. From results/bench/convs.jsonl, 256 views on one core with AMX."""
-    few = pixels <= (4 if weight.numel() * dtype.itemsize > 2**21 else 2)
-    asked = {"output": few, "input": few or pixels <= 4 and weight.shape[2] == 1,
-             "weight": few or pixels <= 4 and dtype == torch.bfloat16}
-    return tuple(part for part, faster in asked.items() if faster)
-
-
 class Conv2d(nn.Conv2d):
-    """nn.Conv2d without bias; on a CPU what is faster by MatmulConv goes that way."""
+    """nn.Conv2d without bias; on a CPU by MatmulConv where that is faster."""
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         pixels = (max(x.shape[2:]) + 2 * self.padding[0] - self.kernel_size[0]) // self.stride[0] + 1
-        parts = matmul_parts(pixels, self.weight, dtype) if x.is_cpu else ()
-        if not parts:
+        # The rule that results/bench/convs.jsonl tells: 256 views, one core with AMX and a cache of 2 MiB.
+        whole = pixels <= (4 if self.weight.numel() * dtype.itemsize > 2**21 else 2)
+        if not x.is_cpu or not whole and (pixels > 4 or dtype != torch.bfloat16):
             return super().forward(x)
         x, weight = (t.to(dtype, memory_format=torch.channels_last) for t in (x, self.weight))
-        return MatmulConv.apply(x, weight, self.stride[0], self.padding[0], parts)
+        return MatmulConv.apply(x, weight, self.stride[0], self.padding[0], whole)
 
 
 def resnet(arch: str, stem: str) -> nn.Module:
@@ -1228,25 +1206,18 @@ class Run:
         say(f"resumed at step {self.step} of {self.steps} from {candidate}")
 
     def _refuse_other(self, other: dict) -> None:
-        """UsageError where a log or a checkpoint is not this run's, naming what differs. A flag that it does
-        not know, or that we do not know any more, counts as one that was not given."""
+        """UsageError where a log or a checkpoint is not this run's, naming what differs. A flag that one of
+        the two does not know counts as one that was not given."""
         if other["method"] != self.method:
             raise UsageError(f"{self.out} is of {other['method']}, not {self.method}; choose another --out")
-        ours, theirs = vars(self.cfg), other["config"]
-        free = FREE_FIELDS - {"data"} if ours["dataset"] == "folder" else FREE_FIELDS  # data is the set there
-        theirs = {name: value for name, value in theirs.items() if name in ours or value}
-        theirs = self.cfg.defaults | theirs
+        free = FREE_FIELDS - ({"data"} if self.cfg.dataset == "folder" else set())  # data is the set there
+        ours = vars(self.cfg) | {"images": len(self.images), "file names": self.images.names}
+        theirs = {"images": other.get("images"), "file names": other.get("names", ours["file names"])}
+        theirs |= self.cfg.defaults | {n: value for n, value in other["config"].items() if n in ours or value}
         names = [n for n in sorted({*ours, *theirs} - free) if ours.get(n) != theirs.get(n)]
         if names:
             keys = ", ".join(f"{n} ({theirs.get(n)!r}, not {ours.get(n)!r})" for n in names)
             raise UsageError(f"{self.out} is of another configuration: {keys}; choose another --out")
-        count = other.get("images", len(self.images))
-        if count != len(self.images):
-            raise UsageError(f"{self.out} was begun on {count} images, and {self.cfg.data} has "
-                             f"{len(self.images)} now; choose another --out")
-        if other.get("names", self.images.names) != self.images.names:
-            raise UsageError(f"{self.out} was begun on other files: names below {self.cfg.data} have "
-                             "changed; choose another --out")
 
     def save(self) -> None:
         """All that is needed to go on bit for bit, to OUT/checkpoint.pt, then the bare backbone to

@@ -123,7 +123,7 @@ def measure(name: str):
     yield
     hook.remove()
     with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"), \
-            mock.patch.object(common, "matmul_parts", lambda *_: ()):
+            mock.patch.object(common.Conv2d, "forward", torch.nn.Conv2d.forward):
         yield
     model = run.model["framework"] if run.method == "bassl" else run.model
     one_floor, block = floor(run, model, inputs), 10 if run.device.type == "cuda" else 1
@@ -231,49 +231,33 @@ def shapes_of_convs(arch: str, stem: str, view: int) -> set[tuple]:
 
 
 def bench_convs(batch: int = 256, largest: int = 12):
-    """Milliseconds of each convolution of ResNet-10 and 18 on maps of up to `largest` pixels: result and
-    gradients into input and weight; the library's and by matmul, in turns."""
-    names, device = ("output", "input", "weight"), torch.device("cpu")
+    """Milliseconds of each convolution of ResNet-10 and 18 on maps of up to `largest` pixels: forward, both
+    gradients, the one into the weight alone; the library's and by matmul, in turns."""
+    device = torch.device("cpu")
     shapes = set().union(*(shapes_of_convs(arch, stem, view) for arch in ("resnet10", "resnet18")
                            for stem in ("cifar", "imagenet") for view in (16, 24, 32)))
     for dtype in (torch.bfloat16, torch.float32):
         for channels, filters, kernel, stride, pixels in sorted(shapes, key=lambda shape: shape[::-1]):
             if pixels > largest:
                 continue
+            of_both = (batch, channels, pixels, pixels), (filters, channels, kernel, kernel)
+            x, weight = (torch.randn(shape).to(dtype, memory_format=torch.channels_last) for shape in of_both)
+            weight.requires_grad_()
             options = stride, kernel // 2
-            shapes_of_both = (batch, channels, pixels, pixels), (filters, channels, kernel, kernel)
-            x, weight = (torch.randn(shape).to(dtype, memory_format=torch.channels_last)
-                         for shape in shapes_of_both)
-            grad = torch.randn_like(torch.nn.functional.conv2d(x, weight, None, *options))
-            seconds = collections.defaultdict(list)
-            for turn in range(8):
-                for parts in ((), names):
-                    for part in names:
-                        ctx = Context(part, parts, x, weight, options)
-                        began = wait(device)
-                        if part == "output":
-                            common.MatmulConv.forward(ctx, x, weight, *options, parts)
-                        else:
-                            common.MatmulConv.backward(ctx, grad)
-                        seconds[part, bool(parts)].append(wait(device) - began)
-            row = {"convolution": f"{channels} -> {filters}, {kernel}x{kernel}, stride {stride}, {pixels} px"}
-            for (part, by_matmul), times in seconds.items():
-                label = "ms, by matmul" if by_matmul else "ms"
-                row[f"{part} {label}"] = round(1e3 * statistics.median(times[1:]), 2)
-            taken = common.matmul_parts(grad.shape[2], weight, dtype)
-            yield row | {"taken by matmul": " ".join(taken), "device": common.device_name(device),
-                         "precision": str(dtype).removeprefix("torch.")}
-
-
-class Context:
-    """What autograd hands to a backward pass, so that one gradient can be timed alone."""
-
-    def __init__(self, part: str, parts: tuple[str, ...], x, weight, options: tuple[int, int]):
-        self.saved_tensors, self.options = (x, weight), (*options, parts)
-        self.needs_input_grad = part == "input", part == "weight"
-
-    def save_for_backward(self, *_):
-        pass
+            forms = {"": lambda x: torch.nn.functional.conv2d(x, weight, None, *options),
+                     ", by matmul": lambda x: common.MatmulConv.apply(x, weight, *options, True)}
+            seconds, grad = collections.defaultdict(list), torch.randn_like(forms[""](x))
+            for name, form in [*forms.items()] * 8:
+                for part, needs in (("both gradients", True), ("weight alone", False)):
+                    began = wait(device)
+                    y = form(x.requires_grad_(needs))
+                    middle = wait(device)
+                    torch.autograd.grad(y, (x, weight) if needs else weight, grad)
+                    seconds[f"{part} ms{name}"].append(wait(device) - middle)
+                seconds[f"forward ms{name}"].append(middle - began)
+            yield {"convolution": f"{channels} -> {filters}, {kernel}x{kernel}, stride {stride}, {pixels} px",
+                   **{name: round(1e3 * statistics.median(times[1:]), 2) for name, times in seconds.items()},
+                   "device": common.device_name(device), "precision": str(dtype).removeprefix("torch.")}
 
 
 def main() -> None:
