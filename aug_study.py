@@ -71,6 +71,7 @@ RECIPES = {
     "imagenet swav": dict(lr=0.6, wd=1e-6),
     "imagenet dino": dict(wd=1e-6),
 }
+SHARP = 64  # pixels up to which images are not blurred, as lightly and solo-learn do on CIFAR
 
 
 # ---------------------------------------------------------------------------------------------- losses
@@ -241,11 +242,10 @@ def local_size(view: int) -> int:
 
 
 def make_augments(aug: str, size: int, view: int) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """The first global, the second global and the local views of an augmentation, as modules. Sets of up to
-    64 px are not blurred, as lightly and solo-learn do not on CIFAR."""
+    """The first global, the second global and the local views of an augmentation, as modules."""
     from common import BatchAugment
 
-    row, still = AUGMENTATIONS[aug], dict(blur_p=0.0) if size <= 64 else {}
+    row, still = AUGMENTATIONS[aug], dict(blur_p=0.0) if size <= SHARP else {}
     return (BatchAugment(view, **row.first | still), BatchAugment(view, **row.second | still),
             BatchAugment(local_size(view), **row.local | still))
 

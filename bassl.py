@@ -81,6 +81,7 @@ RECIPES = {
     "imagenet byol": dict(lr=0.5, wd=1e-6),                       # solo-learn: 80.16
     "imagenet simsiam": dict(optimizer="sgd", lr=0.5, wd=1e-5),   # solo-learn
 }
+SHARP = 64  # pixels up to which images are not blurred, as lightly and solo-learn do; above: MoCo v2's blur
 
 
 # ---------------------------------------------------------------------------------------------- fusion
@@ -346,7 +347,7 @@ def train(cfg) -> None:
         fusion.make_adversarial()
     if cfg.gate:
         fusion.hold(cfg.gate)
-    augment = BatchAugment(run.view, blur_p=0.5 if run.size > 64 else 0.0).to(run.device)  # MoCo v2's blur
+    augment = BatchAugment(run.view, blur_p=0.5 if run.size > SHARP else 0.0).to(run.device)
     run.start(nn.ModuleDict({"framework": framework, "fusion": fusion}), encoder)
 
     for images, aspect, _ in run.batches():

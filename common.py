@@ -70,18 +70,18 @@ class DataSet(typing.NamedTuple):
 
     pixels: int                      # of a whole image, as networks see it
     images: int                      # training images; 0 = as many as there are
-    small: bool                      # has a small recipe
+    small: str                       # stem of its small recipe, empty = it has none
     folder: str                      # below --data, where it may lie: DIR/<folder>/{train,val,test}/<class>/
 
 
 DATASETS = {
-    "shapes": DataSet(32, 10_000, True, ""),  # drawn
-    "cifar10": DataSet(32, 50_000, True, "cifar10"),
-    "cifar100": DataSet(32, 50_000, True, "cifar100"),
-    "tinyimagenet": DataSet(64, 100_000, True, "tiny-imagenet-200"),
-    "imagenet100": DataSet(224, 126_689, False, "imagenet100"),
-    "imagenet1k": DataSet(224, 1_281_167, False, "imagenet1k"),
-    "folder": DataSet(224, 0, False, "folder"),  # your own
+    "shapes": DataSet(32, 10_000, "imagenet", ""),  # drawn
+    "cifar10": DataSet(32, 50_000, "cifar", "cifar10"),
+    "cifar100": DataSet(32, 50_000, "cifar", "cifar100"),
+    "tinyimagenet": DataSet(64, 100_000, "imagenet", "tiny-imagenet-200"),
+    "imagenet100": DataSet(224, 126_689, "", "imagenet100"),
+    "imagenet1k": DataSet(224, 1_281_167, "", "imagenet1k"),
+    "folder": DataSet(224, 0, "", "folder"),  # your own
 }
 Dataset = Literal[tuple(DATASETS)]
 Arch = Literal["resnet10", "resnet18", "resnet34", "resnet50"]
@@ -113,7 +113,7 @@ class RunConfig:
     device: str = "auto"             # auto = the accelerator that torch finds, else cpu; or cuda:1, mps
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # autocast; auto = bf16 where the hardware has it
     compile: bool = False            # torch.compile the backbone into CUDA graphs; off with --deterministic
-    sync_bn: bool = True             # torchrun on CUDA: batch norm over all processes; one host wait a norm
+    sync_bn: bool = True             # torchrun on CUDA: batch norm over all processes; waits at each norm
     knn_every: int = 5               # epochs between online kNN checks on training images; 0 = never
     save_every: float = 10.0         # minutes between checkpoints; 0 = every step. The end is always saved
     minutes: float = 0.0             # save and stop with status 3 after this many minutes; 0 = run to the end
@@ -173,7 +173,7 @@ def parse(config_class: type, doc: str, argv: list[str] | None = None, recipes: 
 def prefers_small(dataset: str, device: str) -> bool:
     """Whether the recipe of itself is the small one: for shapes, and on a CPU for every set that has one."""
     on_cpu = device == "cpu" or device == "auto" and not torch.accelerator.is_available()
-    return dataset == "shapes" or on_cpu and DATASETS[dataset].small
+    return dataset == "shapes" or on_cpu and DATASETS[dataset].small != ""
 
 
 def resolve(cfg, recipes: dict[str, dict], by: str) -> None:
@@ -565,10 +565,8 @@ def write_map(files: list[str], size: int, store: pathlib.Path, workers: int) ->
                 aspects.append(aspect)
             done, rate = len(aspects), len(aspects) / (time.monotonic() - began)
             left = timedelta(seconds=round((len(files) - done) / rate))
-            line = f"{done}/{len(files)} images, {rate:.0f}/s, {left} left"
-            live(line)
-            if done % 20_000 == 0 or done == len(files):
-                print(line, flush=True)
+            show = say if done % 20_000 == 0 or done == len(files) else live
+            show(f"{done}/{len(files)} images, {rate:.0f}/s, {left} left")
             if len(bad) > 0.01 * len(files):
                 raise RunError(f"{len(bad)} of {len(files)} images do not decode: {'; '.join(bad[:20])}")
         with replacing(store.with_suffix(".aspect.npy")) as beside:  # the pixels take their name after it
@@ -683,7 +681,7 @@ class BatchAugment(nn.Module):
         super().__init__()
         self.size, self.scale, self.flip, self.jitter, self.jitter_p = size, scale, flip, jitter, jitter_p
         self.gray_p, self.blur_p, self.blur_sigma, self.solarize_p = gray_p, blur_p, blur_sigma, solarize_p
-        for name, values in (("mean", MEAN), ("std", STD), ("strengths", jitter)):
+        for name, values in (("mean", MEAN), ("std", STD), ("strengths", jitter)):  # no copies in a step
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32), persistent=False)
         self.register_buffer("basis", blur_basis(max(1, size // 20), size), persistent=False)
 
@@ -752,7 +750,7 @@ def center_view(images: Tensor, size: int, aspect: Tensor) -> Tensor:
     height, width = size * aspect.clamp(2 / size, 1), size / aspect.clamp(1, size / 2)  # (B,), squashed
     top, left = (images.shape[2] - height) / 2, (images.shape[3] - width) / 2
     with torch.autocast(images.device.type, enabled=False):
-        x = resized_crop(images.float() / 255, top, left, height, width, aspect < 0, size)
+        x = resized_crop(images.float() / 255, top, left, height, width, torch.zeros_like(top) > 0, size)
     return (x - x.new_tensor(MEAN)[:, None, None]) / x.new_tensor(STD)[:, None, None]
 
 
@@ -795,15 +793,18 @@ def positions(x: Tensor) -> Tensor:
 
 
 class MatmulConv(torch.autograd.Function):
-    """A convolution of x (B, C, H, W) with weight (D, C, K, K), channels last, without bias. The gradient
-    into the weight is a matmul a tap; where whole is set the result is one an output, and the gradient into x
-    one an input, else these two are the library's."""
+    """A convolution of x (B, C, H, W) with weight (D, C, K, K), channels last, without bias.
+
+    The gradient into the weight is a loop over the kernel's taps, one matmul each. The result and the
+    gradient into x are the library's, or, where all_parts is set, such loops too: over the pixels of the
+    result, and over those of x. A matmul has the terms of its tap or pixel side by side (conv_terms).
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, stride: int, padding: int, whole: bool) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, stride: int, padding: int, all_parts: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.options = stride, padding, whole
-        if not whole:
+        ctx.options = stride, padding, all_parts
+        if not all_parts:
             return F.conv2d(x, weight, None, stride, padding)
         height, width = ((size + 2 * padding - weight.shape[2]) // stride + 1 for size in x.shape[2:])
         y = x.new_empty(len(x), len(weight), height, width).to(memory_format=torch.channels_last)
@@ -815,12 +816,12 @@ class MatmulConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (x, weight), (stride, padding, whole) = ctx.saved_tensors, ctx.options
+        (x, weight), (stride, padding, all_parts) = ctx.saved_tensors, ctx.options
         grad = grad.contiguous(memory_format=torch.channels_last)
         xs, weights, grads = positions(x), positions(weight), positions(grad)
         _, of_taps, of_inputs = conv_terms(x.shape, weight.shape, stride, padding)
         x_grad, weight_grad = None, torch.zeros_like(weight)
-        if ctx.needs_input_grad[0] and whole:
+        if ctx.needs_input_grad[0] and all_parts:
             x_grad = torch.zeros_like(x)
             for i, terms in of_inputs.items():
                 outputs = torch.cat([grads[o] for o, _, _ in terms], 1)             # (B, D a term)
@@ -838,13 +839,14 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        pixels = (max(x.shape[2:]) + 2 * self.padding[0] - self.kernel_size[0]) // self.stride[0] + 1
+        side = (max(x.shape[2:]) + 2 * self.padding[0] - self.kernel_size[0]) // self.stride[0] + 1
         # The rule that results/bench/convs.jsonl tells: 256 views, one core with AMX and a cache of 2 MiB.
-        whole = pixels <= (4 if self.weight.numel() * dtype.itemsize > 2**21 else 2)
-        if not x.is_cpu or not whole and (pixels > 4 or dtype != torch.bfloat16):
+        all_parts = side <= (4 if self.weight.numel() * dtype.itemsize > 2**21 else 2)
+        weight_alone = side <= 4 and dtype == torch.bfloat16
+        if not (x.is_cpu and (all_parts or weight_alone)):
             return super().forward(x)
         x, weight = (t.to(dtype, memory_format=torch.channels_last) for t in (x, self.weight))
-        return MatmulConv.apply(x, weight, self.stride[0], self.padding[0], whole)
+        return MatmulConv.apply(x, weight, self.stride[0], self.padding[0], all_parts)
 
 
 def resnet(arch: str, stem: str) -> nn.Module:
@@ -1102,7 +1104,7 @@ class Run:
         if min(self.size, smallest) < 8:
             raise UsageError(f"images of {self.size} and views of {smallest} pixels: want 8 or more of each")
         if smallest <= (8 if self.stem == "cifar" else 32):
-            say(f"the last stage sees one pixel of a view of {smallest}")
+            say(f"note: a view of {smallest} px is one pixel in the network's last stage")
         limit = cfg.limit or (cfg.batch if cfg.preview else 0)
         images = load_images(cfg.dataset, cfg.data, "train", self.size, cfg.cache, cfg.workers, limit)
         if cfg.preview:  # of few images too
@@ -1335,7 +1337,7 @@ class Run:
         if status or due:
             self.save()
             self.last_save = time.monotonic()
-        if status:
+        if status and self.step < self.steps:  # after the last step the run ends by itself
             gather(torch.zeros(1))  # torchrun kills a job once one process ends, and process 0 may be saving
             why = signal.Signals(status - 128).name if status > 128 else f"--minutes {self.cfg.minutes:g}"
             say(f"stopped by {why}; saved at step {self.step} of {self.steps}: "
@@ -1373,8 +1375,8 @@ class Run:
 
     @torch.no_grad()
     def monitor(self) -> dict[str, float]:
-        """Online kNN and collapse signs on training images alone: at most 1,000, a tenth, by their neighbours
-        among 5,000 others. Without classes only the collapse signs."""
+        """Online kNN and collapse signs on training images alone, whole ones: a tenth of them, at most 1,000,
+        are classified by their neighbours among at most 5,000 others. Without classes only the signs."""
         order = torch.randperm(len(self.images), generator=seeded("monitor"))
         query = order[:min(1000, max(1, len(order) // 10))]
         bank = order[len(query):len(query) + 5000]

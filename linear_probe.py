@@ -46,13 +46,13 @@ class Config:
     size: int | None = None      # pixels of the network's input; without: the set's own
     split: Literal["test", "held-out"] = "test"  # held-out: fit on 9/10 of the training images, test on 1/10
     fraction: float = 1.0        # share of each class's training labels for probes and kNN, as 0.01 or 0.1
-    quick: bool = True           # compute probe_top1; ImageNet-1k with ResNet-50: 20 GB, half of it features
+    quick: bool = True           # compute probe_top1, by L-BFGS; ImageNet-1k with ResNet-50 takes 20 GB
     epochs: int | None = None    # of the SGD probe, 0 = skip it; without: 100, and 0 after the small recipe
     lr: float = 0.1              # SGD probe, at batch 256
     batch: int = 256             # SGD probe
     seed: int | None = None      # of SGD probe, labels, random network; without: the pretraining's, or 0
     out: str = ""                # folder of results.jsonl; empty = the backbone's, or runs/<dataset>/random
-    cache: str = "cache"         # folder that keeps decoded images for later runs
+    cache: str | None = None     # folder that keeps decoded images; without: the pretraining's, or cache
     workers: int = 0             # threads that decode images, once per set; 0 = one a core
     device: str = "auto"         # auto = the accelerator that torch finds, else cpu
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # of features; auto = bf16 where the hardware has it
@@ -251,14 +251,15 @@ def fill_in(cfg: Config, lines: list[dict]) -> None:
     cfg.dataset = cfg.dataset or trained.get("dataset", "shapes")
     same = cfg.dataset == trained.get("dataset")
     cfg.data = cfg.data or (trained["data"] if same else "data")
+    cfg.cache = cfg.cache or trained.get("cache", "cache")
     cfg.size = cfg.size or (same and trained["size"]) or common.DATASETS[cfg.dataset].pixels
     cfg.seed = trained.get("seed", 0) if cfg.seed is None else cfg.seed
     small = trained.get("recipe") == "small"
     if cfg.random and not cfg.backbone:  # the network of the methods' recipes for this set
         small = common.prefers_small(cfg.dataset, cfg.device)
         cfg.arch = cfg.arch or ("resnet10" if small else "resnet18")
-        if cfg.stem == "auto" and small and cfg.dataset in ("shapes", "tinyimagenet"):
-            cfg.stem = "imagenet"
+        if cfg.stem == "auto" and small:
+            cfg.stem = common.DATASETS[cfg.dataset].small
     if cfg.epochs is None:
         cfg.epochs = 0 if small else 100
         if small and not cfg.neighbours:
@@ -325,8 +326,6 @@ def probe(cfg: Config) -> dict | None:
         raise UsageError(f"--neighbours {cfg.neighbours}: want a file name that ends in .png")
     if not 0 < cfg.fraction <= 1:
         raise UsageError(f"--fraction {cfg.fraction}: want a share above 0 and up to 1")
-    if cfg.batch < 2:
-        raise UsageError(f"--batch {cfg.batch}: want 2 or more")
     common.join_processes()
     if cfg.neighbours and world() > 1:
         raise UsageError("--neighbours draws in one process: start it without torchrun")
@@ -376,8 +375,9 @@ def probe(cfg: Config) -> dict | None:
            "variant": "untrained" if cfg.random else "",
            "device": common.device_name(device), "precision": "float32", **made, "probe_sha": made["sha"],
            "probe_command": made["command"], **run_facts(cfg.backbone, lines), "arch": arch, "stem": stem}
-    if replaced and not cfg.epochs:  # the SGD probe of an earlier call stays in the row
-        row |= {name: replaced[0][name] for name in ("linear_epochs", "linear_top1") if name in replaced[0]}
+    kept = {*METRICS} - requested | (set() if cfg.epochs else {"linear_epochs"})
+    for old in replaced:  # what an earlier call found and this one does not make anew stays in the row
+        row |= {name: value for name, value in old.items() if name in kept}
 
     def add(metric: str, value: float) -> None:
         if fingerprint(encoder) != digest:

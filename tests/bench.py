@@ -43,7 +43,7 @@ METHODS = {  # name -> script and flags
     **{name: (bassl, f"--layers 0 --framework {name}") for name in ("simclr", "moco", "byol", "simsiam")},
     **{f"study-{name}": (aug_study, f"--methods {name}") for name in aug_study.METHODS},
 }
-BY = {bassl: "framework", npid_distill: "update", aug_study: "methods"}
+BY = {bassl: "framework", npid_distill: "", aug_study: "methods"}
 COUNT = 10  # steps that are timed, by blocks on a GPU
 
 

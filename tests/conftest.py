@@ -30,7 +30,7 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
 # Seconds on a CPU: 48 images of shapes at 16 pixels, 6 steps.
 TINY = ("--dataset shapes --size 16 --view 16 --arch resnet10 --stem imagenet --limit 48 --batch 16 "
         "--epochs 2 --knn-every 0 --device cpu --amp off").split()
-BY = {"bassl": "framework", "npid_distill": "update", "aug_study": "methods"}
+BY = {"bassl": "framework", "npid_distill": "", "aug_study": "methods"}
 METHODS = {
     **{name: (bassl, f"--framework {name} --queue 64") for name in ("simclr", "moco", "byol", "simsiam")},
     **{f"study {name}": (aug_study, f"--methods {name} --queue 64") for name in aug_study.METHODS},
