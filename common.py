@@ -488,18 +488,50 @@ def list_tiny_imagenet_val(root: pathlib.Path) -> tuple[Files, list[str]]:
     return files, classes
 
 
-def decode(path: str, size: int) -> tuple[np.ndarray, float]:
-    """An image file as RGB, squashed to a square: (3, size, size) uint8, and the photo's width / height."""
+def stretch(values: np.ndarray) -> np.ndarray:
+    """Grey values of any type -> uint8: from their 0.1st to their 99.9th percentile, larger is lighter. NaN
+    is the smallest. ValueError where none is finite."""
+    finite = values[np.isfinite(values)].astype(np.float64)
+    if not finite.size:
+        raise ValueError("no finite value")
+    low, high = np.percentile(finite, (0.1, 99.9))
+    if low == high:
+        low, high = finite.min(), finite.max()
+    if low == high:
+        return np.full(values.shape, 128, np.uint8)
+    numbers = np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low)
+    return ((numbers - low) / (high - low) * 255).clip(0, 255).round().astype(np.uint8)
+
+
+# (bits, white is zero, kind of number) of grey TIFFs that Pillow reads as other numbers without a word.
+MISREAD = {(16, True, 1): "16 bits, white is zero", (8, False, 2): "signed 8 bits",
+           (32, False, 1): "unsigned 32 bits"}
+
+
+def decode(path: str, size: int) -> tuple[np.ndarray, float, bool]:
+    """An image file as RGB, squashed to a square: (3, size, size) uint8, the photo's width / height, and
+    whether it was grey of more than 8 bits, which is stretched to its own range. What is transparent is laid
+    over white; of a stack the first page is read."""
     with Image.open(path) as image:
+        if image.format == "TIFF":  # tags: bits, what zero is, kind of number
+            bits, white, kind = (image.tag_v2.get(tag) for tag in (258, 262, 339))
+            first = [value[0] if isinstance(value, tuple) else value for value in (bits, kind or 1)]
+            misread = MISREAD.get((first[0], white == 0, first[1]))
+            if misread and len(image.getbands()) == 1:
+                raise ValueError(f"TIFF of {misread}; convert it to unsigned 8 or 16 bits, black is zero")
         image.draft(None, (size, size))  # a JPEG of twice the pixels or more is decoded at a part of them
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips instead of scaling
-            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+        deep = image.mode.startswith("I") or image.mode == "F"
+        if deep:
+            image = Image.fromarray(stretch(np.asarray(image)))
+        elif image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")
     aspect = image.width / image.height
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)  # antialiased, as torchvision's
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)), aspect
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)), aspect, deep
 
 
 def decoded(place: pathlib.Path, files: Files, classes: list[str], size: int, path: pathlib.Path,
@@ -540,16 +572,17 @@ def digest_of(names: typing.Iterable[str]) -> str:
 
 
 def write_map(files: list[str], size: int, store: pathlib.Path, workers: int) -> None:
-    """Decode every file into its row of store; above 1 % that do not decode RunError, nothing written."""
-    began, aspects, bad, shape = time.monotonic(), [], [], (len(files), 3, size, size)
+    """Decode every file into its row of store. Where more than five do not decode and more than 1 %, or none
+    does, RunError, nothing written."""
+    began, aspects, bad, deep, shape = time.monotonic(), [], [], 0, (len(files), 3, size, size)
     total = math.prod(shape) / 1e9
 
-    def read(path: str) -> tuple[np.ndarray, float]:
+    def read(path: str) -> tuple[np.ndarray, float, bool]:
         try:
             return decode(path, size)
         except Exception as error:  # Pillow raises many kinds for a broken file; each is reported by name
             bad.append(f"{path} ({str(error) or type(error).__name__})")
-            return np.zeros((3, size, size), np.uint8), 0.0
+            return np.zeros((3, size, size), np.uint8), 0.0, False
 
     with replacing(store) as file, ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         free = shutil.disk_usage(store.parent).free / 1e9
@@ -560,17 +593,21 @@ def write_map(files: list[str], size: int, store: pathlib.Path, workers: int) ->
         # Written, not mapped: on a full disk a write is an error with a name, a mapped page's touch SIGBUS.
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
         for first in range(0, len(files), 1000):
-            for pixels, aspect in pool.map(read, files[first:first + 1000]):
+            for pixels, aspect, stretched in pool.map(read, files[first:first + 1000]):
                 file.write(pixels)
                 aspects.append(aspect)
+                deep += stretched
             done, rate = len(aspects), len(aspects) / (time.monotonic() - began)
             left = timedelta(seconds=round((len(files) - done) / rate))
             show = say if done % 20_000 == 0 or done == len(files) else live
             show(f"{done}/{len(files)} images, {rate:.0f}/s, {left} left")
-            if len(bad) > 0.01 * len(files):
-                raise RunError(f"{len(bad)} of {len(files)} images do not decode: {'; '.join(bad[:20])}")
+            if len(bad) > max(5, 0.01 * len(files)) or len(bad) == len(files):
+                raise RunError(f"{len(bad)} of {len(files)} images do not decode, want RGB or grey that "
+                               f"Pillow reads: {'; '.join(bad[:20])}")
         with replacing(store.with_suffix(".aspect.npy")) as beside:  # the pixels take their name after it
             np.save(beside, np.array(aspects, np.float32))
+    if deep:
+        print(f"{deep} images of more than 8 bits, each stretched to its own range")
     if bad:
         print(f"left out {len(bad)} of {len(files)} images, not decodable: {'; '.join(bad)}", file=sys.stderr)
 
@@ -705,8 +742,9 @@ class BatchAugment(nn.Module):
         """RandomResizedCrop.get_params, vectorised: (B, UNIFORMS) -> top, left, height, width (B,), whole
         pixels.
 
-        The first of ten proposals that fits is taken; where none does, the largest centred box within the
-        ratios. A ratio is of the photo: in pixels squashed by aspect it is divided by it.
+        The first of ten proposals that fits is taken; where none does, the largest box within the ratios, at
+        a random place (torchvision's is at the centre, so that most of a panorama is never seen). A ratio is
+        of the photo: in pixels squashed by aspect it is divided by it.
         """
         u = named_columns(uniforms)
         squash = torch.ones_like(u["top"]) if aspect is None else aspect[:, None]   # (B, 1)
@@ -718,8 +756,7 @@ class BatchAugment(nn.Module):
         found = fits.gather(1, first)                                               # (B, 1)
         w = torch.where(found, w.gather(1, first), (height * 4 / 3 / squash).round().clamp(1, width))
         h = torch.where(found, h.gather(1, first), (width * 4 / 3 * squash).round().clamp(1, height))
-        top = torch.where(found, u["top"] * (height - h + 1), (height - h) / 2).floor()
-        left = torch.where(found, u["left"] * (width - w + 1), (width - w) / 2).floor()
+        top, left = (u["top"] * (height - h + 1)).floor(), (u["left"] * (width - w + 1)).floor()
         return top[:, 0], left[:, 0], h[:, 0], w[:, 0]
 
     def augment_with(self, images: Tensor, uniforms: Tensor, order: list[int], aspect: Tensor | None = None):

@@ -24,7 +24,7 @@ def box_by_hand(u, height, width, aspect):
         if 0 < h <= height and 0 < w <= width:
             return int(u[20] * (height - h + 1)), int(u[21] * (width - w + 1)), h, w
     h, w = min(height, round(wide * 4 / 3)), min(width, round(tall * 4 / 3 * width / wide))
-    return (height - h) // 2, (width - w) // 2, h, w
+    return int(u[20] * (height - h + 1)), int(u[21] * (width - w + 1)), h, w  # torchvision: at the centre
 
 
 @pytest.mark.parametrize("view, kernel, aspects", [(32, 3, None), (80, 9, (0.5, 0.75, 1.0, 1.5, 2.5))],

@@ -1,6 +1,7 @@
 """Folders of images: photos of any shape, odd files and layouts, the map that they are decoded into."""
 import collections
 import random
+import struct
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -97,14 +98,82 @@ def test_images_of_odd_kinds_are_read_as_rgb(tmp_path):
     grey = np.repeat(GREY[..., None], 3, 2)
     for name, image, want, tolerance, options in [
             ("grey.png", GREY, grey, 0, {}),
-            ("16 bits.png", GREY.astype(np.uint16) * 257, grey, 0, {}),
-            ("alpha.png", np.dstack([COLOURS, GREY]), COLOURS, 0, {}),
             ("palette.png", Image.fromarray(GREY).convert("P"), grey, 0, {}),
             ("CMYK.jpg", rgb.convert("CMYK"), COLOURS, 12, {"quality": 100, "subsampling": 0}),
             ("turned.png", rgb, np.rot90(COLOURS, -1), 0, {"exif": exif})]:
-        got, aspect = common.decode(str(saved(image, tmp_path / name, **options)), 8)
-        assert got.dtype == np.uint8 and aspect == 1
+        got, aspect, deep = common.decode(str(saved(image, tmp_path / name, **options)), 8)
+        assert got.dtype == np.uint8 and aspect == 1 and not deep
         assert np.abs(got.astype(int) - want.transpose(2, 0, 1)).max() <= tolerance, name
+
+
+RAMP = np.linspace(0, 1, 64).reshape(8, 8)  # stretches to GREY, but for its two ends
+
+
+@pytest.mark.parametrize("values, want", [
+    ((RAMP * 4000 - 1000).astype(np.int32), GREY),                    # a CT: air is black, bone is white
+    ((RAMP * 4095).astype(np.uint16), GREY), (RAMP.astype(np.float32), GREY),
+    (RAMP.astype(np.float32) * 3e38, GREY), ((RAMP * 1e9).astype(np.int32), GREY),
+    (np.full((8, 8), 700, np.uint16), np.full((8, 8), 128)),
+    (np.where(np.arange(64).reshape(8, 8) == 9, 500, 100).astype(np.uint16),  # both percentiles are one value
+     np.where(np.arange(64).reshape(8, 8) == 9, 255, 0)),
+], ids=["CT", "12 bits", "0 to 1", "large floats", "large integers", "one value", "two values"])
+def test_grey_of_more_than_8_bits_is_stretched_to_its_own_range(values, want, tmp_path, capsys):
+    path = saved(values, tmp_path / "set" / "0.tiff")
+    got, _, deep = common.decode(str(path), 8)
+    assert deep and np.abs(got.astype(int) - want).max() <= 1 and (got[0] == got[2]).all()
+    load(path.parent)
+    assert "1 images of more than 8 bits, each stretched to its own range" in capsys.readouterr().out
+
+
+def test_a_thousandth_of_outliers_at_either_end_does_not_set_the_range():
+    values = np.concatenate([np.linspace(100, 200, 9990), [-1e6] * 5, [1e6] * 5])
+    got = common.stretch(values)
+    assert abs(int(got[4995]) - 128) <= 2 and got[0] <= 1 and got[9989] >= 254
+
+
+def test_numbers_that_are_not_finite_are_the_ends_and_none_that_is_has_no_picture():
+    values = np.array([np.nan, -np.inf, np.inf, *np.linspace(1, 2, 2000)], np.float32)
+    assert common.stretch(values)[:3].tolist() == [0, 0, 255]
+    with pytest.raises(ValueError, match="no finite value"):
+        common.stretch(np.full(4, np.nan, np.float32))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
+def test_what_is_transparent_is_white(mode, tmp_path):
+    """A black drawing on a transparent ground; P and L name a transparent value."""
+    drawn = np.eye(8, dtype=bool)
+    image = Image.fromarray((~drawn * (1 if mode in "PL" else 0)).astype(np.uint8))
+    options = {"transparency": 1} if mode in "PL" else {}
+    if mode == "P":
+        image.putpalette([0, 0, 0, 9, 9, 9])
+    if mode in ("RGBA", "LA"):
+        image = image.convert(mode)
+        image.putalpha(Image.fromarray((drawn * 255).astype(np.uint8)))
+    got, *_ = common.decode(str(saved(image, tmp_path / "0.png", **options)), 8)
+    assert (got == np.where(drawn, 0, 255)).all()
+
+
+@pytest.mark.parametrize("bits, white, kind, words", [
+    (16, 0, 1, "16 bits, white is zero"), (8, 1, 2, "signed 8 bits"), (32, 1, 1, "unsigned 32 bits")])
+def test_a_tiff_that_pillow_misreads_is_named(bits, white, kind, words, tmp_path):
+    values = np.arange(64, dtype=f"u{bits // 8}").reshape(8, 8)
+    entries = [(256, 8), (257, 8), (258, bits), (259, 1), (262, white), (273, 8 + 2 + 12 * 9 + 4), (277, 1),
+               (279, values.nbytes), (339, kind)]
+    table = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+    path = tmp_path / "0.tif"
+    path.write_bytes(struct.pack("<2sHIH", b"II", 42, 8, 9) + table + bytes(4) + values.tobytes())
+    with pytest.raises(ValueError, match=f"TIFF of {words}; convert it to"):
+        common.decode(str(path), 8)
+
+
+@pytest.mark.parametrize("aspect", [4.0, 8.0, 0.125])
+def test_every_part_of_a_panorama_is_seen(aspect):
+    u = torch.rand(4000, common.UNIFORMS, generator=common.seeded("panorama"))
+    top, left, tall, wide = common.BatchAugment(32).boxes(u, 64, 64, torch.full((4000,), aspect))
+    begin, length = (left, wide) if aspect > 1 else (top, tall)
+    place = torch.arange(64)[:, None] + 0.5
+    seen = ((begin < place) & (place < begin + length)).float().mean(1)                 # (64,)
+    assert seen.min() > 0 and seen[16:-16].max() / seen[16:-16].min() < 1.5
 
 
 def test_imagenet_and_imagenet100_in_it_as_published(tmp_path):
@@ -196,14 +265,14 @@ def test_a_large_jpeg_is_decoded_at_a_part_of_its_pixels_to_nearly_the_same_imag
     sizes, resize = [], Image.Image.resize
     monkeypatch.setattr(Image.Image, "resize",
                         lambda image, *args: sizes.append(image.size) or resize(image, *args))
-    (part, aspect), (near, _) = common.decode(str(path), 64), common.decode(str(path), 400)
+    (part, aspect, _), (near, *_) = common.decode(str(path), 64), common.decode(str(path), 400)
     monkeypatch.setattr(JpegImageFile, "draft", lambda *_: None)
-    (whole, _), (same, _) = common.decode(str(path), 64), common.decode(str(path), 400)
+    (whole, *_), (same, *_) = common.decode(str(path), 64), common.decode(str(path), 400)
     assert sizes == [(100, 75), (800, 600), (800, 600), (800, 600)] and aspect == pytest.approx(4 / 3)
     assert np.abs(part.astype(int) - whole).mean() < 2 and (near == same).all()
 
 
-def test_a_broken_file_is_named_once_and_left_out_and_above_one_percent_nothing_is_written(tmp_path, capsys):
+def test_broken_files_are_named_and_left_out_but_not_many_of_a_few_or_all(tmp_path, capsys):
     tree = made_tree(tmp_path / "set", 200)
     (tree / "train" / "b" / "007.png").write_bytes(b"\x89PNG broken")
     images = load(tree)
@@ -213,11 +282,19 @@ def test_a_broken_file_is_named_once_and_left_out_and_above_one_percent_nothing_
     assert images.labels.tolist() == [0] * 100 + [1] * 99
     load(tree)
     assert "007.png" not in "".join(capsys.readouterr())
-    for name in ("a/008.png", "b/009.png"):
+    for name in ("a/008.png", "b/009.png", "a/010.png", "b/011.png"):
         (tree / "train" / name).write_bytes(b"")
-    with pytest.raises(RunError, match="3 of 200 images do not decode: .*00[789].png"):
-        load(tree, 9)
-    assert cached(tree) == [".npy", ".npy"]
+    assert len(load(tree, 9)) == 195                                  # five, of 1 % two
+    (tree / "train" / "a" / "012.png").write_bytes(b"")
+    with pytest.raises(RunError, match="6 of 200 images do not decode, want RGB or grey .*00[789].png"):
+        load(tree, 10)
+    for path in (tree / "train" / "a").iterdir():
+        path.unlink()
+    for path in (tree / "train" / "b").iterdir():
+        path.write_bytes(b"") if path.name in ("001.png", "003.png") else path.unlink()
+    with pytest.raises(RunError, match="2 of 2 images do not decode"):
+        load(tree, 10)
+    assert len(cached(tree)) == 4
 
 
 def test_a_full_disk_is_one_error_before_the_first_image_or_in_the_middle_and_leaves_nothing(
