@@ -4,6 +4,7 @@ Nothing here belongs to a method: losses, heads, queues and banks live in the me
 Shapes: B batch, N images, H pixels of a stored image, S pixels of a view.
 """
 import argparse
+import collections
 import contextlib
 import dataclasses
 import fcntl
@@ -442,50 +443,90 @@ def download_cifar(dataset: str, root: pathlib.Path, split: str, size: int) -> I
     return ImageSet(pixels, torch.tensor(loaded.targets), loaded.classes)
 
 
+EXTENSIONS = (*datasets.folder.IMG_EXTENSIONS, ".gif", ".jfif", ".jpe", ".avif", ".jp2")
+SPLITS = {"train": ("train", "training"), "test": ("val", "valid", "validation", "test", "testing")}
+
+
+def hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def folders_in(root: pathlib.Path) -> list[pathlib.Path]:
+    return [path for path in sorted(root.glob("*")) if path.is_dir() and not hidden(path.name)]
+
+
 def list_images(dataset: str, root: pathlib.Path, split: str) -> tuple[pathlib.Path, Files, list[str]]:
-    """The folder of a split that lies on disk, its files with their labels, and the names of its classes."""
-    names = [split] if split == "train" or dataset.startswith("cifar") else ["val", "test"]
-    places = [folder / name for folder in (root / DATASETS[dataset].folder, root) for name in names]
-    if dataset == "folder" and split == "train":
-        places.append(root)
-    for place in places:
-        if (place / "val_annotations.txt").is_file():
-            return place, *list_tiny_imagenet_val(place)
-        if place.is_dir():
-            return place, *list_tree(place, IMAGENET100 if dataset == "imagenet100" else None)
-    looked = " or ".join(map(str, places))
-    raise UsageError(f"no {split} images for {dataset}: no folder {looked}; see --data")
+    """The folder of a split that lies on disk, its files with their labels, and the names of its classes.
+    Says what was taken and what was not. Validation goes before test."""
+    names, own = SPLITS[split], dataset == "folder"  # your own may have these names in any case
+    if not own:
+        names = [split] if split == "train" or dataset.startswith("cifar") else ["val", "test"]
+    places = []
+    for folder in (root / DATASETS[dataset].folder, root):
+        below = {path.name.lower() if own else path.name: path for path in folders_in(folder)}
+        places += [below[name] for name in names if name in below]
+    unread = places[1:]
+    if own and places:
+        splits = SPLITS["train"] + SPLITS["test"]
+        unread += [path for path in folders_in(places[0].parent) if path.name.lower() not in splits]
+    if not places and own and split == "train":
+        places = [root]
+    if not places:
+        looked = f"{root / DATASETS[dataset].folder} or {root}"
+        raise UsageError(f"no {split} images for {dataset}: no folder {' or '.join(names)} in {looked}; "
+                         "see --data")
+    place = places[0]
+    if (place / "val_annotations.txt").is_file():
+        files, classes, note = list_tiny_imagenet_val(place)
+    else:
+        files, classes, note = list_tree(place, IMAGENET100 if dataset == "imagenet100" else None)
+    named = f" in {len(classes)} classes ({', '.join(classes[:5])}{', ...' * (len(classes) > 5)})"
+    note += [f"not read: {', '.join(map(str, unread))}"] if unread else []
+    taken = f"{len(files)} images{named if classes else ' without classes'} below {place}"
+    say("; ".join([f"{split}: {taken}", *note]))
+    return place, files, classes
 
 
-def list_tree(root: pathlib.Path, only: list[str] | None = None) -> tuple[Files, list[str]]:
-    """root/<class>/.../*.jpg and the like, but hidden ones; without class folders one unlabelled set (-1)."""
-    classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if only is not None:
-        missing = sorted({*only} - {*classes})
-        if missing:
-            raise UsageError(f"{root} lacks {len(missing)} of {len(only)} classes ({missing[0]}, ...)")
-        classes = sorted(only)
-    above, labels = root, {name: label for label, name in enumerate(classes)}
-    if not classes:
-        above, labels = root.parent, {root.name: -1}
-    extensions = datasets.folder.IMG_EXTENSIONS
-    found = datasets.folder.make_dataset(str(above), labels, extensions, allow_empty=True)
-    files = [(file, label) for file, label in found if "/." not in file[len(str(root)):]]
+def list_tree(root: pathlib.Path, only: list[str] | None = None) -> tuple[Files, list[str], list[str]]:
+    """root/<class>/.../*.jpg and the like, but hidden ones; without class folders one unlabelled set (-1).
+    A folder without images is no class. Third: what was left out, in words."""
+    found, loose, passed = {}, [], collections.Counter()
+    for folder, _, names in sorted(os.walk(root, followlinks=True)):
+        parts = pathlib.Path(folder).relative_to(root).parts
+        for name in sorted(names):
+            if hidden(name) or any(map(hidden, parts)):
+                continue
+            if name.lower().endswith(EXTENSIONS):
+                group = found.setdefault(parts[0], []) if parts else loose
+                group.append(os.path.join(folder, name))
+            else:
+                passed[os.path.splitext(name)[1].lower() or "without extension"] += 1
+    classes = sorted(only or found)
+    missing = sorted({*classes} - {*found})
+    if missing:
+        raise UsageError(f"{root} lacks {len(missing)} of {len(classes)} classes ({missing[0]}, ...)")
+    files = [(file, label) for label, name in enumerate(classes) for file in found[name]]
+    note = [f"not read: {len(loose)} images in {root} itself"] if loose and classes else []
+    if passed:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in passed.most_common(5))
+        note += [f"passed over {passed.total()} files: {kinds}"]
+    files = files or [(file, -1) for file in loose]
     if not files:
-        raise RunError(f"{root} holds no images: want {root}/<class>/*.jpg (or .png, ...)")
-    return files, classes
+        wanted = f"{root} holds no images: want {root}/<class>/*.jpg (or .png, ...)"
+        raise RunError("; ".join([wanted, *note]))
+    return files, classes, note
 
 
-def list_tiny_imagenet_val(root: pathlib.Path) -> tuple[Files, list[str]]:
+def list_tiny_imagenet_val(root: pathlib.Path) -> tuple[Files, list[str], list[str]]:
     """images/*.JPEG with val_annotations.txt (file, wnid, box): the published layout, no file moved."""
-    annotations, (_, classes) = root / "val_annotations.txt", list_tree(root.parent / "train")
+    annotations, (_, classes, _) = root / "val_annotations.txt", list_tree(root.parent / "train")
     files = []
     for name, wnid in re.findall(r"^(\S+)\t(\w+)", annotations.read_text(errors="replace"), re.M):
         if wnid in classes and (root / "images" / name).exists():
             files.append((str(root / "images" / name), classes.index(wnid)))
     if not files:
         raise RunError(f"{root / 'images'} holds no image that {annotations} gives a class of {root.parent}")
-    return files, classes
+    return files, classes, []
 
 
 def stretch(values: np.ndarray) -> np.ndarray:
@@ -539,8 +580,8 @@ def decoded(place: pathlib.Path, files: Files, classes: list[str], size: int, pa
     """The files as pixels, mapped from path-<digest>.npy, which is made once and shared by all runs; limit:
     the first of a fixed shuffle, out of the whole set's map where that is there.
 
-    Beside it a file of aspects, 0 = does not decode. The digest is of the files' names: a file that changes
-    under the same name is not seen.
+    Beside it a file of aspects, 0 = does not decode. The digest is of the files' names; a map that is older
+    than its newest file is made again.
     """
     order, store = torch.arange(len(files)), path.with_name(f"{path.name}-{digest_of(dict(files))}.npy")
     if limit and limit < len(files):
@@ -550,10 +591,11 @@ def decoded(place: pathlib.Path, files: Files, classes: list[str], size: int, pa
         files, order = chosen, torch.arange(limit)
         store = path.with_name(f"{path.name}-first-{limit}-{digest_of(dict(files))}.npy")
     store.parent.mkdir(parents=True, exist_ok=True)
-    if not store.exists():
+    newest = max(os.stat(file).st_mtime for file, _ in files)  # of 100,000 files: a third of a second
+    if not (store.exists() and store.stat().st_mtime >= newest):
         with open(store.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # a second run waits here until the first has made the map
-            if not store.exists():
+            if not (store.exists() and store.stat().st_mtime >= newest):
                 write_map([file for file, _ in files], size, store, workers)
     try:
         pixels = torch.from_numpy(np.load(store, mmap_mode="c"))                    # (N, 3, size, size)
@@ -1420,6 +1462,7 @@ class Run:
         with self.autocast(), torch.compiler.set_stance("force_eager"):  # --compile is for a step's batches
             test, train = (features(self.encoder, self.images.subset(index), self.size, self.device)
                            for index in (query, bank))
+        signs = spectrum(test[0]) if len(query) >= 20 else {}  # a few points say nothing of a collapse
         if len(self.images.classes) < 2:
-            return spectrum(test[0])
-        return {"knn_top1": round(knn(*train, *test), 2), **spectrum(test[0])}
+            return signs
+        return {"knn_top1": round(knn(*train, *test), 2), **signs}

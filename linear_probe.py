@@ -18,6 +18,7 @@ Nothing is chosen on the test split; --split held-out leaves it alone and tests 
 images, for choices. The row is appended to results.jsonl beside the backbone, and rewritten as its metrics
 come.
 """
+import dataclasses
 import hashlib
 import json
 import math
@@ -286,14 +287,21 @@ def load_splits(cfg: Config) -> tuple[ImageSet, ImageSet]:
         raise UsageError(f"{cfg.data} has no classes to probe; "
                          "want DIR/train/<class>/... and DIR/test/<class>/...")
     if cfg.split == "held-out":
-        order = torch.randperm(len(train), generator=seeded("held-out"))
         held = len(train) // 10
+        if not held:
+            raise UsageError(f"--split held-out takes a tenth of the training images, of {len(train)} none")
+        order = torch.randperm(len(train), generator=seeded("held-out"))
         train, test = train.subset(order[held:]), train.subset(order[:held])
     else:
-        test = common.load_images(cfg.dataset, cfg.data, split="test", **options)
-    if train.classes != test.classes:
-        differ = sorted({*train.classes} ^ {*test.classes})
-        raise UsageError(f"training and test classes differ: {differ[:5]}")
+        try:
+            test = common.load_images(cfg.dataset, cfg.data, split="test", **options)
+        except UsageError as error:
+            raise UsageError(f"{error}; --split held-out tests on a tenth of the training images") from None
+        foreign = sorted({*test.classes} - {*train.classes})
+        if foreign:
+            raise UsageError(f"test images of classes that the training images have not: {foreign[:5]}")
+        place = torch.tensor([train.classes.index(name) for name in test.classes])  # an empty class is none
+        test = dataclasses.replace(test, labels=place[test.labels], classes=train.classes)
     return (label_fraction(train, cfg.fraction, cfg.seed) if cfg.fraction < 1 else train), test
 
 

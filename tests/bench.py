@@ -186,7 +186,7 @@ def enlarged(path: str, times: int, folder: pathlib.Path) -> str:
 def bench_photos(folder: str, batch: int = 128) -> list[dict]:
     """Images/s of each stage of 224-pixel training by itself."""
     place = pathlib.Path(folder).resolve()
-    files, classes = common.list_tree(place)
+    files, classes, _ = common.list_tree(place)
     device, rows = common.pick_device("auto"), []
     augment = common.BatchAugment(224, blur_p=0.5).to(device)
 

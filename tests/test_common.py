@@ -156,7 +156,9 @@ def test_the_monitor_sees_training_images_alone_and_holds_its_queries_out(small,
     monkeypatch.setattr(common, "load_images", lambda *args: asked.append(args[2]) or load(*args))
     monkeypatch.setattr(common, "features", lambda net, x, *rest: seen.append({*x.rows.tolist()})
                         or features(net, x, *rest))
-    line = read_log(train("out", "--epochs", 1, "--knn-every", 1))[-1]
+    line = read_log(train("out", "--epochs", 1, "--knn-every", 1, "--limit", 208))[-1]
     query, bank = seen
-    assert asked == ["train"] and len(query) == 4 and len(bank) == 44 and not query & bank
+    assert asked == ["train"] and len(query) == 20 and len(bank) == 188 and not query & bank
     assert 0 <= line["knn_top1"] <= 100 and line["feature_std"] > 0 and line["effective_rank"] >= 1
+    few = read_log(train("few", "--epochs", 1, "--knn-every", 1))[-1]  # four queries tell of no collapse
+    assert "knn_top1" in few and "feature_std" not in few

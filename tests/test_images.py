@@ -1,5 +1,6 @@
 """Folders of images: photos of any shape, odd files and layouts, the map that they are decoded into."""
 import collections
+import os
 import random
 import struct
 import time
@@ -208,7 +209,57 @@ def test_hidden_files_are_ignored_and_what_lies_deeper_is_found(tmp_path):
     for name in ("a/deep/er/1.png", "a/.hidden/2.png", "a/.3.png", ".git/4.png", "b/5.PNG", "b/notes.txt"):
         saved(COLOURS, tmp_path / name, format="PNG")
     files = [(str(tmp_path / "a/deep/er/1.png"), 0), (str(tmp_path / "b/5.PNG"), 1)]
-    assert common.list_tree(tmp_path) == (files, ["a", "b"])
+    assert common.list_tree(tmp_path) == (files, ["a", "b"], ["passed over 1 files: 1 .txt"])
+
+
+def tree_of(root, **counts):
+    """So many small images in each of these folders; "Train/a" is written Train__a."""
+    for folder, count in counts.items():
+        (root / folder.replace("__", "/")).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            saved(COLOURS, root / folder.replace("__", "/") / f"{i}.png")
+    return root
+
+
+@pytest.mark.parametrize("train, val", [("Train", "Val"), ("training", "Validation"), ("TRAIN", "valid"),
+                                        ("train", "Testing")])
+def test_splits_of_your_own_images_go_by_the_usual_names_in_any_case(train, val, tmp_path, capsys):
+    root = tree_of(tmp_path / "set", **{f"{train}__a": 2, f"{train}__b": 1, f"{val}__a": 1, f"{val}__b": 2})
+    images, test = load(root), load(root, split="test")
+    assert images.classes == test.classes == ["a", "b"]
+    assert images.labels.tolist() == [0, 0, 1] and test.labels.tolist() == [0, 1, 1]
+    assert f"train: 3 images in 2 classes (a, b) below {root / train}\n" in capsys.readouterr().out
+
+
+def test_what_was_taken_and_what_was_not_is_one_line(tmp_path, capsys):
+    root = tree_of(tmp_path / "set", train__bus=2, train__car=1, train__labels=0, train=3, masks=2,
+                   val__bus=1, test__bus=1, __MACOSX__train=1)
+    for name in ("1.dcm", "2.DCM", "notes.txt"):
+        (root / "train" / "car" / name).write_text("")
+    assert load(root).classes == ["bus", "car"]  # a folder without images is no class
+    line = (f"train: 3 images in 2 classes (bus, car) below {root}/train; not read: 3 images in {root}/train "
+            f"itself; passed over 3 files: 2 .dcm, 1 .txt; not read: {root}/masks")
+    assert line in capsys.readouterr().out.splitlines()
+    load(root, split="test")
+    want = f"test: 1 images in 1 classes (bus) below {root}/val; not read: {root}/test, {root}/masks"
+    assert want in capsys.readouterr().out.splitlines()
+
+
+def test_every_extension_that_pillow_reads_is_an_image(tmp_path):
+    for name in ("a.GIF", "b.jfif", "c.jpe", "d.avif", "e.jp2", "f.JPEG", "g.webp"):
+        saved(COLOURS, tmp_path / "flat" / name, format="PNG")
+    assert len(load(tmp_path / "flat")) == 7
+
+
+def test_a_file_that_is_replaced_under_its_name_is_decoded_anew_in_the_maps_place(tmp_path, calls):
+    tree = made_tree(tmp_path / "set")
+    load(tree), load(tree)
+    assert len(calls) == 40
+    new = tree / "train" / "a" / "000.png"
+    Image.new("RGB", (8, 8), (99, 99, 99)).save(new)
+    later = time.time() + 5
+    os.utime(new, (later, later))
+    assert colours(load(tree))[0] == 99 and len(cached(tree)) == 2
 
 
 def test_a_folder_without_classes_trains_and_alike_where_it_is_too_large_for_memory(

@@ -220,6 +220,31 @@ def test_held_out_never_asks_for_the_test_split_and_its_parts_are_disjoint(few):
     assert sorted([*train.rows.tolist(), *test.rows.tolist()]) == sorted(whole.rows.tolist())
 
 
+def test_test_labels_go_by_the_training_sets_names_and_a_missing_split_says_what_works(tmp_path):
+    def probe_folder(*more):
+        return probe("--random", "--arch", "resnet10", "--dataset", "folder", "--data", root, "--size", 16,
+                     "--out", tmp_path, "--cache", tmp_path / "cache", "--epochs", 0, *more)
+
+    root = tmp_path / "set"
+    for name, grey in (("a", 20), ("b", 120), ("c", 220)):
+        for i in range(6):
+            path = root / "train" / name / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (16, 16), (grey + i, grey, grey)).save(path)
+    with pytest.raises(UsageError, match="no test images .*--split held-out tests on a tenth"):
+        probe_folder()
+    shutil.copytree(root / "train" / "c", root / "test" / "c")       # "c" is the first name here, not there
+    (root / "test" / "a").mkdir()                                    # and this one holds no images
+    assert probe_folder()["knn20_top1"] == 100
+    shutil.copytree(root / "train" / "c", root / "test" / "d")
+    with pytest.raises(UsageError, match=r"training images have not: \['d'\]"):
+        probe_folder("--seed", 1)
+    for path in sorted((root / "train").rglob("*.png"))[8:]:
+        path.unlink()
+    with pytest.raises(UsageError, match="takes a tenth of the training images, of 8 none"):
+        probe_folder("--split", "held-out")
+
+
 def test_neighbours_are_drawn_and_no_row_is_written(backbone, few, tmp_path):
     probe("--backbone", backbone, "--neighbours", tmp_path / "n.png")
     assert min(Image.open(tmp_path / "n.png").size) > 9 * 64
