@@ -43,11 +43,11 @@ class Config:
 # Values of the flags that are not given, by --recipe; "cifar moco": what differs for a method or a set.
 RECIPES = {
     # Two CPU cores: views of 16 px cut at the image's own resolution, through a stem that keeps them.
-    "small": dict(arch="resnet10", stem="auto", view=16, batch=128, epochs=2, limit=0,
+    "small": dict(arch="resnet10", stem="auto", view=16, batch=128, epochs=4, limit=0,
                   optimizer="adamw", lr=0.004, wd=5e-4, warmup=0.0,
                   temperature=0.2, queue=4096, momentum_end=1.0),
     # The demo.
-    "small shapes": dict(stem="imagenet", view=24, batch=64, epochs=3, lr=0.008, limit=5120),
+    "small shapes": dict(stem="imagenet", view=24, batch=64, epochs=6, lr=0.008, limit=5120),
     "small tinyimagenet": dict(stem="imagenet", view=64, epochs=3, limit=20_000),
     # lightly's CIFAR-10 benchmark: SGD 0.06 at batch 128 (SwAV: Adam there). Temperature: solo-learn's CIFAR.
     "cifar": dict(arch="resnet18", stem="auto", view=0, batch=512, epochs=200, limit=0,
@@ -366,7 +366,7 @@ def switched(name: str, predictor: str, momentum: str) -> Method:
 
 def train(cfg) -> None:
     """One pretraining run, start to finish; cfg as common.parse(Config, ...) gives it."""
-    from common import Run, UsageError, gather, resnet, save_grid
+    from common import Run, UsageError, gather, save_grid
 
     if cfg.methods not in METHODS:
         raise UsageError(f"--methods {cfg.methods}: want one of {', '.join(METHODS)}")
@@ -382,7 +382,7 @@ def train(cfg) -> None:
     smallest = local_size(cfg.view) if views.locals else cfg.view
     run = Run(cfg, "aug_study", name_variant(cfg, aug), folder, smallest)
     first, second, local = (augment.to(run.device) for augment in make_augments(aug, run.size, run.view))
-    model = Template(resnet(cfg.arch, run.stem), method, cfg.temperature, cfg.queue, cfg.momentum_end, gather)
+    model = Template(run.new_encoder(), method, cfg.temperature, cfg.queue, cfg.momentum_end, gather)
     run.start(model, model.encoder)
 
     for images, aspect, _ in run.batches():

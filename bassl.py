@@ -58,11 +58,11 @@ class Config:
 # Values of the flags that are not given, by --recipe; "cifar moco": what differs for a framework or a set.
 RECIPES = {
     # Two CPU cores: views of 16 px cut at the image's own resolution, through a stem that keeps them.
-    "small": dict(arch="resnet10", stem="auto", view=16, batch=128, epochs=2, limit=0,
+    "small": dict(arch="resnet10", stem="auto", view=16, batch=128, epochs=4, limit=0,
                   optimizer="adamw", lr=0.004, wd=5e-4, warmup=0.0,
                   temperature=0.2, queue=4096, momentum_end=1.0),
     # The demo.
-    "small shapes": dict(stem="imagenet", view=24, batch=64, epochs=3, lr=0.008, limit=5120),
+    "small shapes": dict(stem="imagenet", view=24, batch=64, epochs=6, lr=0.008, limit=5120),
     "small tinyimagenet": dict(stem="imagenet", view=64, epochs=3, limit=20_000),
     # lightly's CIFAR-10 benchmark: SGD 0.06 at batch 128. Temperature: solo-learn's CIFAR.
     "cifar": dict(arch="resnet18", stem="auto", view=0, batch=512, epochs=200, limit=0,
@@ -329,13 +329,13 @@ def name_variant(cfg) -> str:
 
 def train(cfg) -> None:
     """One pretraining run, start to finish; cfg as common.parse(Config, ...) gives it."""
-    from common import BatchAugment, Run, UsageError, gather, resnet, save_grid
+    from common import BatchAugment, Run, UsageError, gather, save_grid
 
     simclr = cfg.framework == "simclr"
     folder = ("bassl" if cfg.layers else "simclr") if simclr else \
         f"{'bassl' if cfg.layers else 'plain'}-{cfg.framework}"
     run = Run(cfg, "bassl", name_variant(cfg), folder)
-    encoder = resnet(cfg.arch, run.stem)
+    encoder = run.new_encoder()
     framework = FRAMEWORKS[cfg.framework](encoder, cfg.temperature, cfg.queue, cfg.momentum,
                                           cfg.momentum_end, gather)
     patch = cfg.patch or max(p for p in range(1, run.view // 8 + 1) if run.view % p == 0)

@@ -102,6 +102,7 @@ class RunConfig:
     stem: Stem | None = None         # first layers: 3x3 without pool, or 7x7 with; auto = cifar up to 64 px
     size: int = 0                    # pixels of a whole image, as probes see it; 0 = the set's: 32, 64 or 224
     view: int | None = None          # pixels of a training view, cut from the stored image; 0 = size
+    weights: str = ""                # warm start: begin with the ResNet in this file; arch and stem are its
     optimizer: Literal["sgd", "lars", "adamw"] | None = None  # momentum 0.9 for sgd and lars
     lr: float | None = None          # learning rate at batch 256; the run uses lr x batch / 256 and prints it
     wd: float | None = None          # weight decay
@@ -199,7 +200,7 @@ def resolve(cfg, recipes: dict[str, dict], by: str) -> None:
         if value is None:
             cfg.defaults[name] = values[name]
     for name, value in vars(cfg).items():
-        if value is None:
+        if value is None and not (cfg.weights and name in ("arch", "stem")):  # which the file has: see Run
             setattr(cfg, name, values[name])
     cfg.view = cfg.view or size
 
@@ -355,7 +356,7 @@ class ImageSet:
     classes: list[str]              # their names
     rows: Tensor | None = None      # (N,), where each image stands in pixels; None = in their order
     aspect: Tensor | None = None    # (N,), width / height of photos squashed into H x H; None = all square
-    names: str = ""                 # digest of the files' names below the split's folder
+    files: list[str] = dataclasses.field(default_factory=list)  # their names below the split's folder
 
     def __post_init__(self):
         if self.rows is None:
@@ -369,8 +370,9 @@ class ImageSet:
     def subset(self, index: Tensor) -> "ImageSet":
         """The images at these positions (M,), in this order; no pixel is copied."""
         index = index.to(self.rows.device)
+        files = [self.files[i] for i in index.tolist()] if self.files else []
         return dataclasses.replace(self, labels=self.labels[index], rows=self.rows[index],
-                                   aspect=self.aspect[index])
+                                   aspect=self.aspect[index], files=files)
 
     def to(self, device: torch.device) -> "ImageSet":
         """On the device where the pixels fit, else as it is."""
@@ -600,11 +602,11 @@ def decoded(place: pathlib.Path, files: Files, classes: list[str], size: int, pa
     try:
         pixels = torch.from_numpy(np.load(store, mmap_mode="c"))                    # (N, 3, size, size)
         aspect = torch.from_numpy(np.load(store.with_suffix(".aspect.npy")))        # (N,)
-        rows = order[aspect[order] > 0]
+        decodes = aspect[order] > 0
     except (OSError, ValueError, IndexError) as error:
         raise RunError(f"{store} is not as it was written ({error}); remove it") from None
-    labels = torch.tensor([label for _, label in files])[rows]
-    names = digest_of(os.path.relpath(file, place) for file, _ in chosen)
+    rows, labels = order[decodes], torch.tensor([label for _, label in chosen])[decodes]
+    names = [os.path.relpath(chosen[i][0], place) for i in decodes.nonzero()[:, 0].tolist()]
     return ImageSet(pixels, labels, classes, rows, aspect[rows], names)
 
 
@@ -1118,15 +1120,20 @@ def replacing(path: pathlib.Path, keep: bool = False):
 
 
 def read_checkpoint(path: pathlib.Path) -> dict:
-    """The dict of tensors and plain values in a file of torch.save; tensors stay on the disk until copied.
-    RunError where a checksum does not fit, or for anything else in it, which is never unpickled."""
+    """What torch.save wrote, of tensors, plain values and argparse.Namespace; tensors stay on the disk until
+    copied. RunError where a checksum does not fit, or for anything else in it, which is never unpickled."""
     try:
-        with zipfile.ZipFile(path) as container:
-            if container.testzip() is not None:
-                raise zipfile.BadZipFile("a checksum does not fit")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        zipped = zipfile.is_zipfile(path)  # torch before 1.6 wrote another format, without checksums
+        if zipped:
+            with zipfile.ZipFile(path) as container:
+                if container.testzip() is not None:
+                    raise zipfile.BadZipFile("a checksum does not fit")
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # zipfile and torch raise many kinds for damaged bytes
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it holds a {foreign[1]}" if foreign else str(error) or type(error).__name__
+        reason = reason.splitlines()[0]
         raise RunError(f"{path} is damaged, or no checkpoint that can be read safely: {reason}") from None
 
 
@@ -1178,6 +1185,13 @@ class Run:
             torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = not cfg.deterministic
         self.size, self.view = cfg.size or DATASETS[cfg.dataset].pixels, cfg.view
+        self.warm = None  # the encoder of --weights; a resume has it in its checkpoint
+        if cfg.weights and (self.out / "checkpoint.pt").exists():
+            begun = read_log(self.out / "log.jsonl")[0]["config"]
+            cfg.arch, cfg.stem = cfg.arch or begun["arch"], cfg.stem or begun["stem"]
+        elif cfg.weights:
+            from linear_probe import load_backbone
+            self.warm, cfg.arch, cfg.stem = load_backbone(cfg.weights, cfg.arch, cfg.stem or "auto")
         self.stem = pick_stem(cfg.stem, self.size)
         smallest = smallest or self.view
         if min(self.size, smallest) < 8:
@@ -1204,6 +1218,13 @@ class Run:
         self.seconds, self.sums = 0.0, {}  # of training in all; of this epoch's logged values
         self.started = self.last_save = self.last_step = time.monotonic()  # of this process
         self.first_step, self.earlier = 0, 0.0  # where this process began: step, and seconds until then
+
+    def new_encoder(self) -> nn.Module:
+        """The backbone to train, untrained or as --weights has it."""
+        encoder = resnet(self.cfg.arch, self.stem)
+        if self.warm is not None:
+            encoder.load_state_dict(self.warm.state_dict())
+        return encoder
 
     def start(self, model: nn.Module, encoder: nn.Module, bank: nn.Module | None = None) -> None:
         """Move the modules to the device, claim the folder, go on from its checkpoint. model holds all that
@@ -1236,10 +1257,13 @@ class Run:
         where = {"device": device_name(self.device), "precision": str(self.dtype).removeprefix("torch."),
                  "processes": world()}
         self.header = {"method": self.method, "variant": self.variant, "arch": cfg.arch, "stem": self.stem,
-                       "size": self.size, "images": len(self.images), "names": self.images.names,
+                       "size": self.size, "images": len(self.images), "names": digest_of(self.images.files),
                        "steps": self.steps, "effective_lr": self.lr, "config": vars(cfg), "parameters": size,
                        "encoder_parameters": encoder_size, **origin(), **where,
                        "started": datetime.now().isoformat(timespec="seconds")}
+        if self.warm is not None:
+            data = pathlib.Path(cfg.weights).expanduser().read_bytes()
+            self.header["weights_digest"] = hashlib.sha256(data).hexdigest()[:16]
         self.lines = [json.dumps(self.header)]
         other = " (--recipe cifar is the full one)" if cfg.recipe == "small" else ""
         say(f"{self.method} {self.variant}: {cfg.dataset}, {len(self.images)} images, {self.steps} steps "
@@ -1292,13 +1316,14 @@ class Run:
         if other["method"] != self.method:
             raise UsageError(f"{self.out} is of {other['method']}, not {self.method}; choose another --out")
         free = FREE_FIELDS - ({"data"} if self.cfg.dataset == "folder" else set())  # data is the set there
-        ours = vars(self.cfg) | {"images": len(self.images), "file names": self.images.names}
+        ours = vars(self.cfg) | {"images": len(self.images), "file names": digest_of(self.images.files)}
         theirs = {"images": other.get("images"), "file names": other.get("names", ours["file names"])}
         theirs |= self.cfg.defaults | {n: value for n, value in other["config"].items() if n in ours or value}
         names = [n for n in sorted({*ours, *theirs} - free) if ours.get(n) != theirs.get(n)]
         if names:
             keys = ", ".join(f"{n} ({theirs.get(n)!r}, not {ours.get(n)!r})" for n in names)
-            raise UsageError(f"{self.out} is of another configuration: {keys}; choose another --out")
+            more = f", and --weights {self.out}/backbone.pt to begin there" if names == ["epochs"] else ""
+            raise UsageError(f"{self.out} is of another configuration: {keys}; choose another --out{more}")
 
     def save(self) -> None:
         """All that is needed to go on bit for bit, to OUT/checkpoint.pt, then the bare backbone to
@@ -1319,7 +1344,7 @@ class Run:
         if rank() == 0:
             weights = {key: value.cpu() for key, value in self.encoder.state_dict().items()}
             with replacing(self.out / "backbone.pt") as file:
-                torch.save({**weights, "arch": self.cfg.arch, "stem": self.stem}, file)
+                torch.save(weights, file)
 
     def _write_log(self) -> None:
         if rank() == 0:

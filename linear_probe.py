@@ -5,6 +5,7 @@
     python linear_probe.py --backbone resnet50.pth --arch resnet50 --dataset imagenet100 --data DIR
     python linear_probe.py --random --dataset cifar10                       # an untrained network
     python linear_probe.py --backbone runs/shapes/bassl/backbone.pt --neighbours neighbours.png
+    python linear_probe.py --backbone FILE --dataset folder --data DIR --features features.npz  # embeddings
 
 Features are the average-pooled outputs of the bare backbone in eval mode, in bf16 where the hardware has it
 (--amp); heads are fitted in float32. Metrics are top-1 in percent:
@@ -23,11 +24,12 @@ import hashlib
 import json
 import math
 import pathlib
+import re
 import time
-import typing
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,13 +40,13 @@ from common import BatchAugment, ImageSet, RunError, UsageError, features, knn, 
 
 @dataclass
 class Config:
-    backbone: str = ""           # file: a backbone.pt of ours, or a state dict with torchvision's ResNet keys
+    backbone: str = ""           # file that holds a ResNet with torchvision's keys: see load_backbone
     random: bool = False         # probe an untrained network; with --backbone, one like the one in that file
     dataset: common.Dataset | None = None  # what to probe on; without: the backbone's own set, or shapes
     data: str | None = None      # where the images are; without: where they were for the pretraining, or data
-    arch: common.Arch | None = None  # without: the backbone's; --random: the small or full recipe's
+    arch: common.Arch | None = None  # without: the file's; --random: the small or full recipe's
     stem: common.Stem = "auto"   # auto = the file's, or cifar up to 64 px
-    size: int | None = None      # pixels of the network's input; without: the set's own
+    size: int | None = None      # pixels of the input; without: the set's, with the CIFAR stem the training's
     split: Literal["test", "held-out"] = "test"  # held-out: fit on 9/10 of the training images, test on 1/10
     fraction: float = 1.0        # share of each class's training labels for probes and kNN, as 0.01 or 0.1
     quick: bool = True           # compute probe_top1, by L-BFGS; ImageNet-1k with ResNet-50 takes 20 GB
@@ -57,6 +59,7 @@ class Config:
     workers: int = 0             # threads that decode images, once per set; 0 = one a core
     device: str = "auto"         # auto = the accelerator that torch finds, else cpu
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # of features; auto = bf16 where the hardware has it
+    features: str = ""           # write features, labels and file names to this .npz, and stop
     neighbours: str = ""         # write a PNG, test images beside their nearest training images, and stop
 
 
@@ -166,46 +169,78 @@ def label_fraction(images: ImageSet, fraction: float, seed: int) -> ImageSet:
 # ---------------------------------------------------------------------------------------------- backbones
 
 
-def load_backbone(path: str, arch: str | None = None, stem: str = "auto") -> tuple[nn.Module, str, str]:
-    """A backbone file -> (encoder, arch, stem). arch and stem are the file's own where it is one of ours.
+LAYERS = {(False, (1, 1, 1, 1)): "resnet10", (False, (2, 2, 2, 2)): "resnet18",
+          (False, (3, 4, 6, 3)): "resnet34", (True, (3, 4, 6, 3)): "resnet50"}  # (bottleneck, blocks a stage)
+SECOND = re.compile(r"momentum|target|(^|[._])ema[._]|encoder_k|student")  # of two networks the one not meant
 
-    Raises RunError where the file cannot be read safely, UsageError where its keys, shapes, stem or arch are
-    not the asked ones, naming them. A classifier (fc.*) is left out; everything else must fit exactly.
+
+def tensors_in(loaded: dict, above: str = "") -> dict[str, Tensor]:
+    """Every tensor of nested dicts, under its keys joined by dots."""
+    found = {}
+    for key, value in loaded.items():
+        if isinstance(value, dict):
+            found |= tensors_in(value, f"{above}{key}.")
+        elif isinstance(value, Tensor):
+            found[f"{above}{key}"] = value
+    return found
+
+
+def load_backbone(path: str, arch: str | None = None, stem: str = "auto") -> tuple[nn.Module, str, str]:
+    """A file that holds a ResNet -> (encoder, arch, stem), which are read from the shapes of its tensors.
+
+    The ResNet may stand below any keys, as "state_dict", "model", "module.encoder_q."; of two the query,
+    online or teacher's is taken. What is not of a ResNet, as fc, is left out; everything else must fit
+    exactly, but num_batches_tracked, which old files lack. All of that is said. RunError where the file can't
+    be read safely, UsageError where it holds no ResNet of ours or not the asked one.
     """
     file = pathlib.Path(path).expanduser()
     if not file.is_file():
-        raise UsageError(f"--backbone {path}: no such file")
+        raise UsageError(f"{path}: no such file")
+    if file.suffix == ".safetensors":
+        convert = f"torch.save(safetensors.torch.load_file('{path}'), '{file.stem}.pth')"
+        raise UsageError(f"{path} is of safetensors; convert it: import torch, safetensors.torch; {convert}")
     loaded = common.read_checkpoint(file)
     if not isinstance(loaded, dict):
         raise UsageError(f"{path} holds a {type(loaded).__name__}, not a state dict")
+    tensors = tensors_in(loaded)
+    above = [key.removesuffix("conv1.weight") for key in tensors if key.endswith("conv1.weight")]
+    above = [prefix for prefix in above if f"{prefix}layer1.0.conv1.weight" in tensors]
+    above.sort(key=lambda prefix: bool(SECOND.search(prefix)))
+    if not above:
+        raise UsageError(f"{path} holds no ResNet: no conv1.weight beside a layer1.0.conv1.weight "
+                         f"({', '.join(list(tensors)[:3])}, ...)")
+    if len(above) > 1 and bool(SECOND.search(above[0])) == bool(SECOND.search(above[1])):
+        raise UsageError(f"{path} holds several ResNets, and no name says which to take: {', '.join(above)}")
+    state = {key.removeprefix(above[0]): value for key, value in tensors.items() if key.startswith(above[0])}
+    blocks = tuple(len({key.split(".")[1] for key in state if key.startswith(f"layer{n}.")})
+                   for n in (1, 2, 3, 4))
+    found = {"arch": LAYERS.get(("layer1.0.conv3.weight" in state, blocks), f"of {blocks} blocks"),
+             "stem": {3: "cifar", 7: "imagenet"}.get(state["conv1.weight"].shape[-1], "unknown")}
     for name, asked in (("arch", arch), ("stem", stem)):
-        if asked not in (None, "auto") and loaded.get(name, asked) != asked:
-            raise UsageError(f"{path} was trained with {name} {loaded[name]}, not {asked}")
-    first = loaded.get("conv1.weight")
-    if not isinstance(first, Tensor) or first.ndim != 4:
-        raise UsageError(f"{path} has no conv1.weight: its keys are not torchvision's ResNet's "
-                         f"({', '.join(map(str, list(loaded)[:3]))}, ...)")
-    found = {3: "cifar", 7: "imagenet"}.get(first.shape[-1], "unknown")
-    arch = loaded.pop("arch", arch or "resnet18")
-    stem = loaded.pop("stem", found if stem == "auto" else stem)
-    if found != stem:
-        raise UsageError(f"{path} has the {found} stem (conv1 of {first.shape[-1]} pixels), not {stem}")
-    if arch not in typing.get_args(common.Arch):
-        raise UsageError(f"{path} is of an unknown arch, {arch}")
-    encoder = resnet(arch, stem)
+        if asked not in (None, "auto", found[name]):
+            raise UsageError(f"{path} has {name} {found[name]}, not {asked}")
+    if found["arch"] not in LAYERS.values() or found["stem"] == "unknown":
+        kernel = state["conv1.weight"].shape[-1]
+        raise UsageError(f"{path} is a ResNet {found['arch']} with a stem of {kernel} pixels; want one of "
+                         f"{', '.join(LAYERS.values())} with a stem of 3 or 7")
+    encoder = resnet(found["arch"], found["stem"])
     own = encoder.state_dict()
-    state = {key: value for key, value in loaded.items() if key not in ("fc.weight", "fc.bias")}
+    heads = sorted({key.split(".")[0] for key in state} - {key.split(".")[0] for key in own})
+    state = {key: value for key, value in state.items() if key.split(".")[0] not in heads}
+    state |= {key: value for key, value in own.items() if key.endswith("tracked") and key not in state}
     wrong = [f"missing {key}" for key in own if key not in state]
     wrong += [f"unexpected {key}" for key in state if key not in own]
-    for key, value in own.items():
-        shape, want = tuple(getattr(state.get(key), "shape", ())), tuple(value.shape)
-        if key in state and shape != want:
-            wrong.append(f"{key} of shape {shape}, not {want}")
+    for key in own:
+        if key in state and state[key].shape != own[key].shape:
+            wrong.append(f"{key} of shape {tuple(state[key].shape)}, not {tuple(own[key].shape)}")
     if wrong:
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise UsageError(f"{path} is no {arch} with the {stem} stem: {'; '.join(wrong[:5])}{more}")
+        raise UsageError(f"{path} is no {found['arch']} of torchvision's: {'; '.join(wrong[:5])}{more}")
     encoder.load_state_dict(state)
-    return encoder, arch, stem
+    common.say(f"{path}: {found['arch']}, {found['stem']} stem" + f" from '{above[0]}'" * bool(above[0])
+               + f", without {', '.join(heads)}" * bool(heads)
+               + f"; not read: {', '.join(map(repr, above[1:]))}" * bool(above[1:]))
+    return encoder, found["arch"], found["stem"]
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -231,6 +266,7 @@ def run_facts(backbone: str, lines: list[dict]) -> dict:
         return {}
     header, cfg, epochs = lines[0], lines[0]["config"], [line for line in lines if "epoch" in line]
     facts = {name: header.get(name) for name in ("method", "variant", "images", "sha", "torch", "command")}
+    facts |= {"weights_digest": header["weights_digest"]} if "weights_digest" in header else {}
     for name in ("device", "precision"):  # of every part of a run that went on elsewhere
         facts[name] = ", then ".join(dict.fromkeys(line[name] for line in lines if name in line))
     last, checkpoint = epochs[-1] if epochs else {}, pathlib.Path(backbone).with_name("checkpoint.pt")
@@ -253,7 +289,6 @@ def fill_in(cfg: Config, lines: list[dict]) -> None:
     same = cfg.dataset == trained.get("dataset")
     cfg.data = cfg.data or (trained["data"] if same else "data")
     cfg.cache = cfg.cache or trained.get("cache", "cache")
-    cfg.size = cfg.size or (same and trained["size"]) or common.DATASETS[cfg.dataset].pixels
     cfg.seed = trained.get("seed", 0) if cfg.seed is None else cfg.seed
     small = trained.get("recipe") == "small"
     if cfg.random and not cfg.backbone:  # the network of the methods' recipes for this set
@@ -263,9 +298,18 @@ def fill_in(cfg: Config, lines: list[dict]) -> None:
             cfg.stem = common.DATASETS[cfg.dataset].small
     if cfg.epochs is None:
         cfg.epochs = 0 if small else 100
-        if small and not cfg.neighbours:
+        if small and not (cfg.neighbours or cfg.features):
             common.say("no linear_top1: 100 epochs of SGD cost more than the small recipe; "
                        "--epochs 100 brings it back")
+
+
+def fill_in_size(cfg: Config, lines: list[dict], stem: str) -> None:
+    """A network with the CIFAR stem is probed at the size that it was trained for, whatever the set: at 224
+    px its maps are 49 times as large."""
+    trained = lines[0]["size"] if lines else 32
+    same = lines and cfg.dataset == lines[0]["config"]["dataset"]
+    own = trained if stem == "cifar" or same else common.DATASETS[cfg.dataset].pixels
+    cfg.size = cfg.size or own
 
 
 def read_rows(results: pathlib.Path) -> list[dict]:
@@ -326,27 +370,56 @@ def draw_neighbours(path: str, train: ImageSet, test: ImageSet, train_x: Tensor,
     print(f"wrote {path}")
 
 
+def write_features(cfg: Config, encoder: nn.Module, device: torch.device) -> None:
+    """An .npz of {train,test}_features (N, dim) float32, _labels (N,), -1 without classes, _files (N,), names
+    below the split's folder, and classes; no test_* where there is no test split."""
+    arrays = {}
+    for split in ("train", "test"):
+        try:
+            images = common.load_images(cfg.dataset, cfg.data, split, cfg.size, cfg.cache, cfg.workers)
+        except UsageError as error:
+            if split == "train":
+                raise
+            common.say(f"no test_*: {error}")
+            continue
+        with autocast(cfg, device):
+            x, labels = features(encoder, images.to(device), cfg.size, device)
+        arrays |= {f"{split}_features": x.cpu().numpy(), f"{split}_labels": labels.cpu().numpy(),
+                   f"{split}_files": np.array(images.files), "classes": np.array(images.classes)}
+    file = pathlib.Path(cfg.features).expanduser()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with common.replacing(file) as out:
+        np.savez(out, **arrays)
+    shapes = ", ".join(f"{name} {value.shape}" for name, value in arrays.items())
+    common.say(f"wrote {file}: {shapes}")
+
+
 def probe(cfg: Config) -> dict | None:
     """Every protocol on one backbone; the row in results.jsonl is rewritten as metrics come, and returned."""
     if not cfg.backbone and not cfg.random:
         raise UsageError("want --backbone FILE or --random")
-    if cfg.neighbours and not cfg.neighbours.endswith(".png"):
-        raise UsageError(f"--neighbours {cfg.neighbours}: want a file name that ends in .png")
+    for name, value, suffix in (("neighbours", cfg.neighbours, ".png"), ("features", cfg.features, ".npz")):
+        if value and not value.endswith(suffix):
+            raise UsageError(f"--{name} {value}: want a file name that ends in {suffix}")
     if not 0 < cfg.fraction <= 1:
         raise UsageError(f"--fraction {cfg.fraction}: want a share above 0 and up to 1")
     common.join_processes()
-    if cfg.neighbours and world() > 1:
-        raise UsageError("--neighbours draws in one process: start it without torchrun")
+    if (cfg.neighbours or cfg.features) and world() > 1:
+        raise UsageError("--neighbours and --features work in one process: start without torchrun")
     device, lines = common.pick_device(cfg.device), log_beside(cfg.backbone)
     fill_in(cfg, lines)
     if cfg.backbone:
         encoder, arch, stem = load_backbone(cfg.backbone, cfg.arch, cfg.stem)
+        fill_in_size(cfg, lines, stem)
     else:
+        cfg.size = cfg.size or common.DATASETS[cfg.dataset].pixels
         arch, stem = cfg.arch, common.pick_stem(cfg.stem, cfg.size)
     if cfg.random:
         torch.manual_seed(cfg.seed)
         encoder, lines = resnet(arch, stem), []
     encoder = encoder.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    if cfg.features:
+        return write_features(cfg, encoder, device)
     digest, precision = fingerprint(encoder), str(common.pick_dtype(cfg.amp, device)).removeprefix("torch.")
 
     beside = f"runs/{cfg.dataset}/random" if cfg.random else pathlib.Path(cfg.backbone).parent

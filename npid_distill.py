@@ -56,10 +56,10 @@ class Config:
 # Values of the flags that are not given, by --recipe; "imagenet imagenet1k": what differs for a data set.
 RECIPES = {
     # Two CPU cores: the other methods' network and views, fewer images more often.
-    "small": dict(arch="resnet10", stem="auto", view=16, batch=128, epochs=32, limit=5120,
+    "small": dict(arch="resnet10", stem="auto", view=16, batch=128, epochs=48, limit=5120,
                   optimizer="sgd", lr=0.5, wd=1e-4, warmup=0.0, cutmix=0.0, negatives=10_000, dim=512),
     # The demo.
-    "small shapes": dict(stem="imagenet", view=24, batch=64, epochs=30, limit=1000),
+    "small shapes": dict(stem="imagenet", view=24, batch=64, epochs=50, limit=1000),
     "small tinyimagenet": dict(stem="imagenet", view=64, epochs=15, limit=10_000),
     # The official code's run.sh for CIFAR: SGD 1.0 at batch 512.
     "cifar": dict(arch="resnet18", stem="auto", view=0, batch=512, epochs=200, limit=0,
@@ -242,12 +242,12 @@ def calibrate(bank: MemoryBank, model: nn.Module, augment: nn.Module, run) -> No
 
 def train(cfg) -> None:
     """One pretraining run, start to finish; cfg as common.parse(Config, ...) gives it."""
-    from common import BatchAugment, Run, UsageError, gather, rank, resnet, save_grid, seeded
+    from common import BatchAugment, Run, UsageError, gather, rank, save_grid, seeded
 
     if cfg.tau <= 0:
         raise UsageError(f"--tau {cfg.tau}: want a temperature above 0")
     run = Run(cfg, "npid_distill", name_variant(cfg), folder="npid")
-    encoder = resnet(cfg.arch, run.stem)
+    encoder = run.new_encoder()
     model = nn.Sequential(encoder, projector(encoder.dim, cfg.dim))
     bank = MemoryBank(len(run.images), cfg.dim, cfg.bank_momentum, seeded("bank", cfg.seed))
     augment = BatchAugment(run.view, blur_p=0.0 if cfg.dataset in SHARP else 0.5).to(run.device)

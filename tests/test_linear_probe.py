@@ -1,18 +1,26 @@
 """The probe: protocols against independent computations, backbones that do not fit, and the row."""
+import argparse
+import hashlib
 import json
 import shutil
 import subprocess
 import sys
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 import torchvision
 from PIL import Image
 
+import aug_study
+import bassl
 import common
 import linear_probe
+import npid_distill
 from common import UsageError
-from conftest import ROOT
+from conftest import ROOT, TINY, parsed
 
 
 def probe(*flags):
@@ -94,17 +102,134 @@ def test_a_label_fraction_keeps_every_class():
 
 def test_wrong_backbones_are_refused_by_name(backbone):
     state = torch.load(backbone, weights_only=True)
-    bare = {key: value for key, value in state.items() if key not in ("arch", "stem")}
+    lacks = {key: value for key, value in state.items() if key != "layer3.0.bn1.running_var"}
+    deeper = state | {f"layer4.1.{key.removeprefix('layer4.0.')}": value for key, value in state.items()
+                      if key.startswith("layer4.0.")}
+    two = {f"{name}.{key}": value for key, value in state.items() for name in ("left", "right")}
     for held, options, words in [
         (state, dict(arch="resnet18"), "arch resnet10, not resnet18"),
-        (state, dict(stem="cifar"), "stem imagenet, not cifar"),
-        (bare, {}, "missing layer1.1.conv1.weight"),  # taken for a resnet18
-        ({**bare, "head.weight": torch.zeros(1)}, dict(arch="resnet10"), "unexpected head.weight"),
-        (bare, dict(arch="resnet10", stem="cifar"), "imagenet stem .*, not cifar"), ([1], {}, "holds a list"),
+        (state, dict(stem="cifar"), "stem imagenet, not cifar"), ([1], {}, "holds a list"),
+        ({"net": {"0.weight": torch.ones(3)}}, {}, "holds no ResNet.*net.0.weight"),
+        (lacks, {}, "missing layer3.0.bn1.running_var"), (deeper, {}, r"a ResNet of \(1, 1, 1, 2\) blocks"),
+        (state | {"layer1.0.se.weight": torch.ones(3)}, {}, "unexpected layer1.0.se.weight"),
+        (state | {"layer2.0.bn1.bias": torch.ones(3)}, {}, r"bn1.bias of shape \(3,\), not \(128,\)"),
+        (two, {}, "several ResNets.*left., right"),
+        (state | {"loss": Fraction(1)}, {}, "holds a fractions.Fraction"),
     ]:
         torch.save(held, backbone)
-        with pytest.raises(UsageError, match=words):
+        with pytest.raises((UsageError, common.RunError), match=words):
             linear_probe.load_backbone(str(backbone), **options)
+    with pytest.raises(UsageError, match="safetensors; convert it"):
+        linear_probe.load_backbone(str(saved_as(backbone.with_suffix(".safetensors"), state)))
+
+
+def saved_as(path, held, **options):
+    torch.save(held, path, **options)
+    return path
+
+
+@pytest.mark.parametrize("wrap, said", [
+    (lambda s: s, "resnet10, imagenet stem"),
+    (lambda s: s | {"arch": "resnet10", "stem": "imagenet"}, "resnet10, imagenet stem"),
+    (lambda s: {"state_dict": {f"module.encoder_{n}.{k}": v * (n == "q")
+                               for n in "kq" for k, v in s.items()}},
+     "from 'state_dict.module.encoder_q.'; not read: 'state_dict.module.encoder_k.'"),
+    (lambda s: {"model": {f"{n}.{k}": v * (n == "base_encoder") for n in ("momentum_encoder", "base_encoder")
+                          for k, v in s.items()} | {"base_encoder.fc.0.weight": torch.ones(3)}, "epoch": 3},
+     "from 'model.base_encoder.', without fc; not read: 'model.momentum_encoder.'"),
+    (lambda s: {n: {f"module.backbone.{k}": v * (n == "teacher") for k, v in s.items()}
+                for n in ("student", "teacher")},
+     "from 'teacher.module.backbone.'; not read: 'student.module.backbone.'"),
+    (lambda s: {f"{n}.{k}": v * (n == "backbone") for n in ("backbone", "momentum_backbone")
+                for k, v in s.items()} | {"projector.0.weight": torch.ones(3)},
+     "from 'backbone.'; not read: 'momentum_backbone.'"),
+    (lambda s: {"net": {k: v for k, v in s.items() if "tracked" not in k}, "args": argparse.Namespace(lr=1)},
+     "from 'net.'"),
+    (lambda s: s | {"projection_head.weight": torch.ones(3), "fc.bias": torch.ones(3)},
+     "without fc, projection_head"),
+], ids=["ours", "of before", "MoCo", "MoCo v3", "DINO", "solo-learn", "old, with args", "heads"])
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before 1.6"])
+def test_what_the_field_saves_is_read_and_said(wrap, said, zipped, backbone, tmp_path, capsys):
+    state = torch.load(backbone, weights_only=True)
+    path = saved_as(tmp_path / "theirs.pth", wrap(state), _use_new_zipfile_serialization=zipped)
+    encoder, *kind = linear_probe.load_backbone(str(path))
+    assert kind == ["resnet10", "imagenet"] and said in capsys.readouterr().out
+    got = encoder.state_dict()
+    assert all(torch.equal(got[key], value) for key, value in state.items() if "tracked" not in key)
+
+
+def test_a_backbone_of_ours_goes_into_torchvision_where_the_classifier_alone_is_missing(tmp_path, small=None):
+    flags = [*TINY, "--arch", "resnet18", "--limit", 16, "--epochs", 1, "--out", tmp_path / "run"]
+    bassl.train(parsed(bassl, *flags))
+    state = torch.load(tmp_path / "run" / "backbone.pt", weights_only=True)
+    missing, unexpected = torchvision.models.resnet18().load_state_dict(state, strict=False)
+    assert missing == ["fc.weight", "fc.bias"] and not unexpected
+    timm = pytest.importorskip("timm")
+    timm.create_model("resnet18", num_classes=0).load_state_dict(state)
+
+
+@pytest.mark.parametrize("script, flags", [(bassl, "--framework byol"), (npid_distill, "--dim 16"),
+                                           (aug_study, "--methods dino --augs simclr")])
+def test_a_warm_start_begins_with_the_files_weights_and_a_resume_does_not_ask_for_the_file(
+        script, flags, backbone, train, tmp_path, monkeypatch):
+    weights, begun = shutil.copy(backbone, tmp_path / "w.pth"), []
+    optimise = common.Run.optimise
+    monkeypatch.setattr(common.Run, "optimise", lambda run, loss: begun.append(
+        {key: value.clone() for key, value in run.model.state_dict().items()}) or optimise(run, loss))
+    flags = [*flags.split(), "--lr", 0, "--weights", weights]
+    with pytest.raises(SystemExit):
+        train("out", *flags, "--minutes", 1e-9, script=script)
+    state = torch.load(backbone, weights_only=True)
+    for prefix in {key.removesuffix("conv1.weight") for key in begun[0] if key.endswith("conv1.weight")
+                   and "layer" not in key}:                          # the encoder's, and a target's
+        assert torch.equal(begun[0][f"{prefix}layer4.0.conv2.weight"], state["layer4.0.conv2.weight"]), prefix
+    header = common.read_log(tmp_path / "out" / "log.jsonl")[0]
+    digest = hashlib.sha256(backbone.read_bytes()).hexdigest()[:16]
+    assert (header["arch"], header["config"]["weights"], header["weights_digest"]) == (
+        "resnet10", str(weights), digest)
+    (tmp_path / "w.pth").unlink()
+    out = train("out", *flags, script=script)
+    assert probe("--backbone", out / "backbone.pt", "--no-quick")["weights_digest"] == digest
+    shutil.copy(backbone, weights)
+    with pytest.raises(UsageError, match="arch resnet10, not resnet18"):
+        train("other", *flags, "--arch", "resnet18", script=script)
+    with pytest.raises(UsageError, match=r"epochs \(2, not 5\).*--weights .*out/backbone.pt to begin there"):
+        train("out", *flags, "--epochs", 5, script=script)
+
+
+@pytest.mark.parametrize("classes, splits", [(["a", "b"], ("train", "test")), ([""], ("train",))])
+def test_embeddings_of_a_folder_are_arrays_with_the_files_names_and_no_row(
+        classes, splits, backbone, tmp_path, capsys):
+    root = tmp_path / "set"
+    for split in splits:
+        for name in classes:
+            for i in range(3):
+                path = root / split / name / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (16, 16), (60 * i, 9, 9)).save(path)
+    where = ["--dataset", "folder", "--data", root, "--cache", tmp_path / "cache", "--size", 16]
+    probe("--backbone", backbone, *where, "--features", tmp_path / "f.npz")
+    arrays = np.load(tmp_path / "f.npz")
+    assert {name.split("_")[0] for name in arrays} - {"classes"} == {*splits}
+    assert arrays["classes"].tolist() == [name for name in classes if name]
+    for split in splits:
+        names = arrays[f"{split}_files"].tolist()
+        assert names == [f"{name}/{i}.png".removeprefix("/") for name in classes for i in range(3)]
+        labels = [classes.index(file.split("/")[0]) if "/" in file else -1 for file in names]
+        assert arrays[f"{split}_labels"].tolist() == labels
+        assert arrays[f"{split}_features"].shape == (len(names), 512)
+    assert not backbone.with_name("results.jsonl").exists()
+
+
+def test_a_network_with_the_cifar_stem_is_probed_at_the_size_it_was_trained_for(backbone):
+    for stem, dataset, size, want in (("cifar", "folder", 32, 32), ("imagenet", "folder", 32, 224),
+                                      ("cifar", "tinyimagenet", 48, 48), ("imagenet", "shapes", 48, 48)):
+        cfg = common.parse(linear_probe.Config, "", ["--dataset", dataset])
+        linear_probe.fill_in_size(cfg, [{"size": size, "config": {"dataset": "shapes"}}], stem)
+        assert cfg.size == want
+    cfg = common.parse(linear_probe.Config, "", ["--dataset", "folder"])
+    linear_probe.fill_in_size(cfg, [], "cifar")
+    assert cfg.size == 32
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50"])
