@@ -3,8 +3,8 @@
 set -e
 run() {  # run NAME FLAGS...
   out=runs/study/$1-$seed; shift
-  python aug_study.py --dataset cifar10 --recipe small --limit 12500 --knn-every 0 --seed $seed \
-    --out $out "$@"
+  python aug_study.py --dataset cifar10 --recipe small --limit 12500 --epochs 2 --knn-every 0 \
+    --seed $seed --out $out "$@"
   python linear_probe.py --backbone $out/backbone.pt --fraction 0.1
 }
 for seed in 0 1 2; do
