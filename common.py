@@ -82,7 +82,7 @@ DATASETS = {
     "tinyimagenet": DataSet(64, 100_000, "imagenet", "tiny-imagenet-200"),
     "imagenet100": DataSet(224, 126_689, "", "imagenet100"),
     "imagenet1k": DataSet(224, 1_281_167, "", "imagenet1k"),
-    "folder": DataSet(224, 0, "", "folder"),  # your own
+    "folder": DataSet(224, 0, "", ""),  # your own
 }
 Dataset = Literal[tuple(DATASETS)]
 Arch = Literal["resnet10", "resnet18", "resnet34", "resnet50"]
@@ -450,10 +450,12 @@ SPLITS = {"train": ("train", "training"), "test": ("val", "valid", "validation",
 
 
 def hidden(name: str) -> bool:
+    """Whether a file or folder is none of the user's."""
     return name.startswith(".") or name == "__MACOSX"
 
 
 def folders_in(root: pathlib.Path) -> list[pathlib.Path]:
+    """The folders right below, by name, but hidden ones."""
     return [path for path in sorted(root.glob("*")) if path.is_dir() and not hidden(path.name)]
 
 
@@ -464,7 +466,7 @@ def list_images(dataset: str, root: pathlib.Path, split: str) -> tuple[pathlib.P
     if not own:
         names = [split] if split == "train" or dataset.startswith("cifar") else ["val", "test"]
     places = []
-    for folder in (root / DATASETS[dataset].folder, root):
+    for folder in dict.fromkeys((root / DATASETS[dataset].folder, root)):
         below = {path.name.lower() if own else path.name: path for path in folders_in(folder)}
         places += [below[name] for name in names if name in below]
     unread = places[1:]
@@ -474,9 +476,8 @@ def list_images(dataset: str, root: pathlib.Path, split: str) -> tuple[pathlib.P
     if not places and own and split == "train":
         places = [root]
     if not places:
-        looked = f"{root / DATASETS[dataset].folder} or {root}"
-        raise UsageError(f"no {split} images for {dataset}: no folder {' or '.join(names)} in {looked}; "
-                         "see --data")
+        raise UsageError(f"no {split} images for {dataset}: no folder {' or '.join(names)} in "
+                         f"{root / DATASETS[dataset].folder} or {root}; see --data")
     place = places[0]
     if (place / "val_annotations.txt").is_file():
         files, classes, note = list_tiny_imagenet_val(place)
@@ -593,12 +594,13 @@ def decoded(place: pathlib.Path, files: Files, classes: list[str], size: int, pa
         files, order = chosen, torch.arange(limit)
         store = path.with_name(f"{path.name}-first-{limit}-{digest_of(dict(files))}.npy")
     store.parent.mkdir(parents=True, exist_ok=True)
-    newest = max(os.stat(file).st_mtime for file, _ in files)  # of 100,000 files: a third of a second
-    if not (store.exists() and store.stat().st_mtime >= newest):
+    newest = max(modified(file) for file, _ in files)  # of 100,000 files: a third of a second
+    if modified(store) < newest:
         with open(store.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # a second run waits here until the first has made the map
-            if not (store.exists() and store.stat().st_mtime >= newest):
+            if modified(store) < newest:
                 write_map([file for file, _ in files], size, store, workers)
+                os.utime(store, (max(newest, time.time()),) * 2)  # a file's time may lie ahead
     try:
         pixels = torch.from_numpy(np.load(store, mmap_mode="c"))                    # (N, 3, size, size)
         aspect = torch.from_numpy(np.load(store.with_suffix(".aspect.npy")))        # (N,)
@@ -608,6 +610,11 @@ def decoded(place: pathlib.Path, files: Files, classes: list[str], size: int, pa
     rows, labels = order[decodes], torch.tensor([label for _, label in chosen])[decodes]
     names = [os.path.relpath(chosen[i][0], place) for i in decodes.nonzero()[:, 0].tolist()]
     return ImageSet(pixels, labels, classes, rows, aspect[rows], names)
+
+
+def modified(file: str | pathlib.Path) -> float:
+    """When a file was last written, -inf for one that is not there, as behind a broken link."""
+    return os.stat(file).st_mtime if os.path.exists(file) else -math.inf
 
 
 def digest_of(names: typing.Iterable[str]) -> str:

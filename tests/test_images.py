@@ -260,6 +260,7 @@ def test_a_file_that_is_replaced_under_its_name_is_decoded_anew_in_the_maps_plac
     later = time.time() + 5
     os.utime(new, (later, later))
     assert colours(load(tree))[0] == 99 and len(cached(tree)) == 2
+    assert len(calls) == 80 and len(load(tree)) == 40 and len(calls) == 80  # once, though the time lies ahead
 
 
 def test_a_folder_without_classes_trains_and_alike_where_it_is_too_large_for_memory(
