@@ -279,7 +279,8 @@ def run_facts(backbone: str, lines: list[dict]) -> dict:
               "train_loss": last.get("loss"), "step": step, "steps": steps}
     gates = [value for name, value in last.items() if name.startswith("gate_")]
     curve = [[line["minutes"], line["epoch"], line["knn_top1"]] for line in epochs if "knn_top1" in line]
-    return facts | {"gates": gates, "curve": curve, "config": cfg}
+    signs = {name: last[name] for name in ("feature_std", "effective_rank") if name in last}
+    return facts | signs | {"gates": gates, "curve": curve, "config": cfg}
 
 
 def fill_in(cfg: Config, lines: list[dict]) -> None:
