@@ -215,14 +215,18 @@ def test_the_commands_of_make_of_docstrings_and_of_the_tables_are_well_formed(li
 @pytest.mark.parametrize("words", TYPED, ids=" ".join)
 def test_a_command_of_the_readme_runs_shortened_by_its_own_flags(words, tmp_path, pretrained, monkeypatch):
     script, flags = taken_apart(words)
+    monkeypatch.chdir(tmp_path)
     load, few = common.load_images, lambda images: images.subset(torch.arange(len(images))[:40])
     monkeypatch.setattr(common, "load_images", lambda *args, **options: few(load(*args, **options)))
     flags += "--dataset shapes --size 16 --device cpu --out".split() + [tmp_path / "out"]
     if script == "linear_probe.py":
         flags += "--arch resnet10 --stem imagenet --epochs 0 --no-quick --backbone".split()
         flags += [pretrained / "backbone.pt"]
+    elif "--weights" in flags:
+        flags[flags.index("--weights") + 1] = pretrained / "backbone.pt"
     else:
         monkeypatch.setattr(common, "resnet", Small)
+    if script != "linear_probe.py":
         flags += "--view 16 --limit 16 --batch 8 --epochs 1 --knn-every 0".split()
     assert start(script, *flags) == 0
 
