@@ -27,7 +27,7 @@ sys.path.append(str(ROOT))
 TABLES = {
     "shapes": ("The demo", "The small recipe on drawn shapes, one seed: a check that all works, no ranking."),
     "cifar10": ("CIFAR-10 on a laptop", "The small recipe on CIFAR-10, one seed: what `make cifar10` ends "
-                "in, no ranking."),
+                "in, no ranking; and SimCLR with `--epochs 8`."),
     "small": ("The small recipe", """
 SimCLR by the small recipe of two epochs against the set-up before it (32 px, ImageNet stem) in the same
 minutes: views cut small at the image's own resolution, through a stem that keeps them, learn more. It does
