@@ -16,7 +16,8 @@ ifneq ($(words $(OUT)),1)
 $(error OUT="$(OUT)": want one folder without a space in its name, which make would take for two)
 endif
 # In a recipe: where torch finds no accelerator, two runs stand side by side on half of the cores each.
-SIDES  = side=$$($(PYTHON) -c 'import torch; print(2 - torch.accelerator.is_available())' 2>/dev/null || echo 2); \
+ASK    = $(PYTHON) -c 'import torch; print(2 - torch.accelerator.is_available())' 2>/dev/null || echo 2
+SIDES  = side=$$($(ASK)); \
          cores=$$(getconf _NPROCESSORS_ONLN); export OMP_NUM_THREADS=$$(( cores > side ? cores / side : 1 ))
 FOUND  = --data '$(DATA)' --cache '$(CACHE)'
 

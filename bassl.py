@@ -331,9 +331,8 @@ def train(cfg) -> None:
     """One pretraining run, start to finish; cfg as common.parse(Config, ...) gives it."""
     from common import BatchAugment, Run, UsageError, gather, save_grid
 
-    simclr = cfg.framework == "simclr"
-    folder = ("bassl" if cfg.layers else "simclr") if simclr else \
-        f"{'bassl' if cfg.layers else 'plain'}-{cfg.framework}"
+    folder = f"{'bassl' if cfg.layers else 'plain'}-{cfg.framework}"
+    folder = {"bassl-simclr": "bassl", "plain-simclr": "simclr"}.get(folder, folder)  # as make names them
     run = Run(cfg, "bassl", name_variant(cfg), folder)
     encoder = run.new_encoder()
     framework = FRAMEWORKS[cfg.framework](encoder, cfg.temperature, cfg.queue, cfg.momentum,

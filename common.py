@@ -137,7 +137,7 @@ def parse(config_class: type, doc: str, argv: list[str] | None = None, recipes: 
           by: str = "") -> argparse.Namespace:
     """Command line -> the fields of config_class, and of RunConfig where there are recipes (see resolve).
     A field's trailing comment is its --help text; wrong usage exits."""
-    owners = [config_class, RunConfig] if recipes else [config_class]
+    owners, defaults = [config_class, RunConfig] if recipes else [config_class], {}
     epilog = show_recipes(recipes) if recipes else ""
     parser = argparse.ArgumentParser(description=doc, epilog=epilog, allow_abbrev=False,
                                      usage="%(prog)s [flags]; --help lists them",
@@ -146,7 +146,7 @@ def parse(config_class: type, doc: str, argv: list[str] | None = None, recipes: 
         group = parser.add_argument_group(title)
         comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(owner), re.M))
         for name, kind in typing.get_type_hints(owner).items():
-            default = getattr(owner, name)
+            default = defaults[name] = getattr(owner, name)
             shown = f" [{default}]"
             if default is None:  # a script without recipes says it in the comment
                 shown = " [recipe]" if recipes else ""
@@ -161,7 +161,6 @@ def parse(config_class: type, doc: str, argv: list[str] | None = None, recipes: 
             else:
                 options |= {"type": kind, "metavar": kind.__name__.upper()}
             group.add_argument(flag(name), *ALIASES.get(name, []), **options)
-    defaults = {name: getattr(owner, name) for owner in owners for name in typing.get_type_hints(owner)}
     cfg = parser.parse_args(argv, type("Flags", (argparse.Namespace,), {"defaults": defaults})())
     for name, value in vars(cfg).items():
         least = 2 if name == "batch" else 0
@@ -496,8 +495,10 @@ def list_tree(root: pathlib.Path, only: list[str] | None = None) -> tuple[Files,
     found, loose, passed = {}, [], collections.Counter()
     for folder, _, names in sorted(os.walk(root, followlinks=True)):
         parts = pathlib.Path(folder).relative_to(root).parts
+        if any(map(hidden, parts)):
+            continue
         for name in sorted(names):
-            if hidden(name) or any(map(hidden, parts)):
+            if hidden(name):
                 continue
             if name.lower().endswith(EXTENSIONS):
                 group = found.setdefault(parts[0], []) if parts else loose
@@ -614,7 +615,10 @@ def decoded(place: pathlib.Path, files: Files, classes: list[str], size: int, pa
 
 def modified(file: str | pathlib.Path) -> float:
     """When a file was last written, -inf for one that is not there, as behind a broken link."""
-    return os.stat(file).st_mtime if os.path.exists(file) else -math.inf
+    try:
+        return os.stat(file).st_mtime
+    except OSError:
+        return -math.inf
 
 
 def digest_of(names: typing.Iterable[str]) -> str:
@@ -1024,6 +1028,7 @@ def pick_device(name: str) -> torch.device:
         raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
+@functools.cache
 def cpu_info(pattern: str) -> str:
     """What the pattern finds in /proc/cpuinfo, or an empty text."""
     info = pathlib.Path("/proc/cpuinfo")
@@ -1323,7 +1328,7 @@ class Run:
         if other["method"] != self.method:
             raise UsageError(f"{self.out} is of {other['method']}, not {self.method}; choose another --out")
         free = FREE_FIELDS - ({"data"} if self.cfg.dataset == "folder" else set())  # data is the set there
-        ours = vars(self.cfg) | {"images": len(self.images), "file names": digest_of(self.images.files)}
+        ours = vars(self.cfg) | {"images": len(self.images), "file names": self.header["names"]}
         theirs = {"images": other.get("images"), "file names": other.get("names", ours["file names"])}
         theirs |= self.cfg.defaults | {n: value for n, value in other["config"].items() if n in ours or value}
         names = [n for n in sorted({*ours, *theirs} - free) if ours.get(n) != theirs.get(n)]

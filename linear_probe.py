@@ -343,7 +343,7 @@ def load_splits(cfg: Config) -> tuple[ImageSet, ImageSet]:
         except UsageError as error:
             raise UsageError(f"{error}; --split held-out tests on a tenth of the training images") from None
         foreign = sorted({*test.classes} - {*train.classes})
-        if foreign:
+        if foreign or not test.classes:
             raise UsageError(f"test images of classes that the training images have not: {foreign[:5]}")
         place = torch.tensor([train.classes.index(name) for name in test.classes])  # an empty class is none
         test = dataclasses.replace(test, labels=place[test.labels], classes=train.classes)

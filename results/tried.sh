@@ -23,6 +23,8 @@ for seed in 0 1 2; do
   run npid-10240-$seed  0.2 $npid --limit 10240 --epochs 10 --seed $seed
   run npid-fast-$seed   0.2 $npid --limit 5120 --epochs 20 --lr 1.0 --seed $seed
 done
-for seed in 0 1; do run simclr-cool-$seed 0.2 $simclr --limit 25000 --epochs 4 --temperature 0.1 --seed $seed; done
+for seed in 0 1; do
+  run simclr-cool-$seed 0.2 $simclr --limit 25000 --epochs 4 --temperature 0.1 --seed $seed
+done
 run simclr-fast-0 0.2 $simclr --limit 25000 --epochs 4 --lr 0.008
 python results/tables.py tried

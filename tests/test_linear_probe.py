@@ -364,6 +364,10 @@ def test_test_labels_go_by_the_training_sets_names_and_a_missing_split_says_what
     shutil.copytree(root / "train" / "c", root / "test" / "d")
     with pytest.raises(UsageError, match=r"training images have not: \['d'\]"):
         probe_folder("--seed", 1)
+    shutil.rmtree(root / "test")
+    shutil.copytree(root / "train" / "c", root / "test")             # images without classes
+    with pytest.raises(UsageError, match="training images have not"):
+        probe_folder("--seed", 2)
     for path in sorted((root / "train").rglob("*.png"))[8:]:
         path.unlink()
     with pytest.raises(UsageError, match="takes a tenth of the training images, of 8 none"):
