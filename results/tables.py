@@ -36,8 +36,8 @@ not show that they do in a longer run."""),
 On training images held out of the probe. Lines of 16,384 images or fewer have one seed: multi-crop gave
 SimCLR +0.4 of probe for three times the minutes; batch 64, temperature 0.1 and a warm-up lost 0.9 to 3.3 (and
 gained 0.1 to 1.7 of kNN); at 51,200 views NPID learned more from few images seen often. With three seeds and
-100,000 images SimCLR at half the rate is at +0.2 ± 1.8 of probe, and NPID's 10,240 images ten times at -0.9 ±
-0.9 of 5,120 twenty times, twice the rate at -1.0 ± 2.2: nothing changed a default. Temperature 0.1, with two
+100,000 images SimCLR at half the rate is at +0.2 ± 1.8 of probe, and NPID's 10,240 images ten times at
+-0.9 ± 0.9 of 5,120 twenty times, twice the rate at -1.0 ± 2.2: nothing changed a default. Temperature 0.1, with two
 seeds, gains 1.0 to 1.3 of kNN and -0.4 and +1.4 of probe."""),
     "rates": ("Rates of the small recipe", "64 steps a method (NPID 120), on held-out images; one seed: "
               "enough to leave out rates that are far off."),
@@ -48,8 +48,8 @@ its minutes allow. SimCLR is above MoCo v2 and NPID, BYOL hardly leaves the untr
 minutes nothing of the papers' rankings is to be expected."""),
     "bassl-look": ("Which fusion by default", """
 On held-out training images. The default was chosen here, by two of its five seeds: +0.5 ± 1.2 over five, but
--0.1 ± 1.7 over the three that had no say in it; the adversary +0.2 ± 1.2. Four more kinds, which bassl.py has
-no more and which stand in the commit of their rows, had two seeds and no better mean over these."""),
+-0.1 ± 1.7 over the three that had no say in it; the adversary +0.2 ± 1.2. Four more kinds, which bassl.py
+has no more and which stand in the commit of their rows, had two seeds and no better mean over these."""),
     "bassl-batch": ("BA-SSL over batch size", """
 One view fused at a held gate against the plain framework, five seeds, 5,000 images five times: the paper's
 gain at small batches was not found. Runs of minutes can't show what 1,000 epochs would."""),
