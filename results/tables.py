@@ -37,8 +37,8 @@ On training images held out of the probe. Lines of 16,384 images or fewer have o
 SimCLR +0.4 of probe for three times the minutes; batch 64, temperature 0.1 and a warm-up lost 0.9 to 3.3 (and
 gained 0.1 to 1.7 of kNN); at 51,200 views NPID learned more from few images seen often. With three seeds and
 100,000 images SimCLR at half the rate is at +0.2 ± 1.8 of probe, and NPID's 10,240 images ten times at
--0.9 ± 0.9 of 5,120 twenty times, twice the rate at -1.0 ± 2.2: nothing changed a default. Temperature 0.1, with two
-seeds, gains 1.0 to 1.3 of kNN and -0.4 and +1.4 of probe."""),
+-0.9 ± 0.9 of 5,120 twenty times, twice the rate at -1.0 ± 2.2: nothing changed a default. Temperature 0.1,
+with two seeds, gains 1.0 to 1.3 of kNN and -0.4 and +1.4 of probe."""),
     "rates": ("Rates of the small recipe", "64 steps a method (NPID 120), on held-out images; one seed: "
               "enough to leave out rates that are far off."),
     "methods": ("Methods", """
