@@ -280,8 +280,8 @@ def test_a_probe_that_dies_is_completed_and_one_of_more_protocols_takes_its_rows
     assert len(rows_of(backbone.parent)) == 4
 
 
-def test_an_untrained_network_like_a_files_has_its_arch_stem_size_set_and_seed_alone(backbone, few):
-    row = probe("--random", "--backbone", backbone, "--no-quick")
+def test_an_untrained_network_like_a_files_has_its_arch_stem_size_set_and_seed_alone(backbone, few, tmp_path):
+    row = probe("--random", "--backbone", backbone, "--no-quick", "--out", tmp_path / "random")
     want = dict(method="random", variant="untrained", dataset="shapes", arch="resnet10", stem="imagenet")
     want |= dict(size=16, seed=3)
     assert {key: row[key] for key in want} == want and not {"epochs", "images", "config"} & row.keys()
