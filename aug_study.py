@@ -380,7 +380,10 @@ def train(cfg) -> None:
     views = AUGMENTATIONS[aug]
     folder = "study-simclr" if cfg.methods == "simclr" else cfg.methods  # runs/<dataset>/simclr is bassl.py's
     smallest = local_size(cfg.view) if views.locals else cfg.view
-    run = Run(cfg, "aug_study", name_variant(cfg, aug), folder, smallest)
+    load_backbone = None
+    if cfg.weights:
+        from linear_probe import load_backbone
+    run = Run(cfg, "aug_study", name_variant(cfg, aug), folder, smallest, load_backbone)
     first, second, local = (augment.to(run.device) for augment in make_augments(aug, run.size, run.view))
     model = Template(run.new_encoder(), method, cfg.temperature, cfg.queue, cfg.momentum_end, gather)
     run.start(model, model.encoder)

@@ -333,7 +333,10 @@ def train(cfg) -> None:
 
     folder = f"{'bassl' if cfg.layers else 'plain'}-{cfg.framework}"
     folder = {"bassl-simclr": "bassl", "plain-simclr": "simclr"}.get(folder, folder)  # as make names them
-    run = Run(cfg, "bassl", name_variant(cfg), folder)
+    load_backbone = None
+    if cfg.weights:
+        from linear_probe import load_backbone
+    run = Run(cfg, "bassl", name_variant(cfg), folder, load_backbone=load_backbone)
     encoder = run.new_encoder()
     framework = FRAMEWORKS[cfg.framework](encoder, cfg.temperature, cfg.queue, cfg.momentum,
                                           cfg.momentum_end, gather)

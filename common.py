@@ -25,6 +25,7 @@ import sys
 import time
 import typing
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -1131,12 +1132,13 @@ def replacing(path: pathlib.Path, keep: bool = False):
         new.unlink(missing_ok=True)
 
 
-def read_checkpoint(path: pathlib.Path) -> dict:
+def read_checkpoint(path: pathlib.Path, verify: bool = True) -> dict:
     """What torch.save wrote, of tensors, plain values and argparse.Namespace; tensors stay on the disk until
-    copied. RunError where a checksum does not fit, or for anything else in it, which is never unpickled."""
+    copied. RunError where a checksum does not fit (if verify, which reads all of the file), or for anything
+    else in it, which is never unpickled."""
     try:
         zipped = zipfile.is_zipfile(path)  # torch before 1.6 wrote another format, without checksums
-        if zipped:
+        if zipped and verify:
             with zipfile.ZipFile(path) as container:
                 if container.testzip() is not None:
                     raise zipfile.BadZipFile("a checksum does not fit")
@@ -1184,9 +1186,11 @@ class Run:
     (_save_or_stop), and sets rate and seed of the next one (_prepare).
     """
 
-    def __init__(self, cfg, method: str, variant: str = "", folder: str = "", smallest: int = 0):
+    def __init__(self, cfg, method: str, variant: str = "", folder: str = "", smallest: int = 0,
+                 load_backbone: Callable | None = None):
         """folder: its name below runs/<dataset>, where --out does not say another; smallest: pixels of the
-        smallest view, where a method has views of several sizes."""
+        smallest view, where a method has views of several sizes; load_backbone: linear_probe's, which reads
+        --weights."""
         join_processes()
         self.cfg, self.method, self.variant = cfg, method, variant
         self.out = pathlib.Path(cfg.out or f"runs/{cfg.dataset}/{folder or method}").expanduser()
@@ -1202,7 +1206,6 @@ class Run:
             begun = read_log(self.out / "log.jsonl")[0]["config"]
             cfg.arch, cfg.stem = cfg.arch or begun["arch"], cfg.stem or begun["stem"]
         elif cfg.weights:
-            from linear_probe import load_backbone
             self.warm, cfg.arch, cfg.stem = load_backbone(cfg.weights, cfg.arch, cfg.stem or "auto")
         self.stem = pick_stem(cfg.stem, self.size)
         smallest = smallest or self.view

@@ -270,8 +270,12 @@ def run_facts(backbone: str, lines: list[dict]) -> dict:
     for name in ("device", "precision"):  # of every part of a run that went on elsewhere
         facts[name] = ", then ".join(dict.fromkeys(line[name] for line in lines if name in line))
     last, checkpoint = epochs[-1] if epochs else {}, pathlib.Path(backbone).with_name("checkpoint.pt")
-    steps = header.get("steps")
-    step = common.read_checkpoint(checkpoint)["step"] if checkpoint.exists() else last.get("step", 0)
+    step, steps = last.get("step", 0), header.get("steps")
+    if checkpoint.exists():
+        try:
+            step = common.read_checkpoint(checkpoint, verify=False)["step"]
+        except RunError as error:
+            common.say(f"{error}; the step is that of the log's last line")
     common.say(f"{backbone}: step {step} of {steps}")
     facts |= {"pretrained_on": cfg["dataset"], "recipe": cfg["recipe"], "epochs": cfg["epochs"],
               "batch": cfg["batch"], "seed": cfg["seed"], "effective_lr": header["effective_lr"],

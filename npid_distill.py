@@ -246,7 +246,10 @@ def train(cfg) -> None:
 
     if cfg.tau <= 0:
         raise UsageError(f"--tau {cfg.tau}: want a temperature above 0")
-    run = Run(cfg, "npid_distill", name_variant(cfg), folder="npid")
+    load_backbone = None
+    if cfg.weights:
+        from linear_probe import load_backbone
+    run = Run(cfg, "npid_distill", name_variant(cfg), "npid", load_backbone=load_backbone)
     encoder = run.new_encoder()
     model = nn.Sequential(encoder, projector(encoder.dim, cfg.dim))
     bank = MemoryBank(len(run.images), cfg.dim, cfg.bank_momentum, seeded("bank", cfg.seed))

@@ -302,6 +302,9 @@ def test_a_run_that_goes_on_can_be_probed_and_stays_out_of_tables(backbone, few,
     assert tables.read_rows([results]) == []
     results.write_text(json.dumps(row | {"step": 3}))
     assert len(tables.read_rows([results])) == 1
+    backbone.with_name("checkpoint.pt").write_bytes(b"damaged")  # while backbone.pt is whole
+    assert probe("--backbone", backbone, "--no-quick", "--seed", 9)["step"] == 3
+    assert "checkpoint.pt is damaged" in capsys.readouterr().out
 
 
 def test_features_in_bf16_make_a_probe_of_their_own_and_a_row_without_a_precision_is_float32(backbone, few):
