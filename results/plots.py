@@ -18,25 +18,19 @@ def panels(count: int, **labels):
     return figure, row
 
 
-def draw_npid_long(path: pathlib.Path):
-    """Online kNN over minutes and over epochs, a line a run; a shorter run is paler."""
-    sets = group(read_rows([path]), ("dataset",))
-    figure, row = panels(2 * len(sets), ylabel="online kNN, %")
-    for n, ((dataset,), part) in enumerate(sets.items()):
-        by_minutes, by_epochs = row[2 * n:2 * n + 2]
-        longest = max(run["minutes"] for run in part)
-        by_minutes.set(title=dataset, xlabel="minutes of one thread")
-        by_epochs.set(title=dataset, xlabel="epochs")
-        for same in lines_of(part):
-            colour, name = ("C1", "NPID") if same[0]["method"] == "npid_distill" else ("C0", "MoCo v2")
-            label = f"{name}, {same[0]['epochs']} epochs"
-            shade = {"color": colour, "alpha": same[0]["minutes"] / longest}
-            for run in same:
-                minutes, epochs, knn = zip(*run["curve"])
-                by_minutes.plot(minutes, knn, label=label, **shade)
-                by_epochs.plot(epochs, knn, **shade)
-                label = None  # once a line of the table
-        by_minutes.legend()
+def draw_long(path: pathlib.Path):
+    """Online kNN over minutes and over images seen, a line a run, a colour a method."""
+    figure, [by_minutes, by_images] = panels(2, ylabel="online kNN, %")
+    by_minutes.set(xlabel="minutes of a core")
+    by_images.set(xlabel="images seen, thousands")
+    for n, same in enumerate(lines_of(read_rows([path]))):
+        label = same[0]["variant"] if same[0]["method"] == "bassl" else "NPID with self-distillation"
+        for run in same:
+            minutes, epochs, knn = zip(*run["curve"])
+            by_minutes.plot(minutes, knn, label=label, color=f"C{n}")
+            by_images.plot([run["images"] * epoch / 1000 for epoch in epochs], knn, color=f"C{n}")
+            label = None  # once a line of the table
+    by_minutes.legend()
     return figure
 
 
@@ -70,7 +64,7 @@ def draw_study(path: pathlib.Path):
 
 
 if __name__ == "__main__":
-    for draw in (draw_npid_long, draw_bassl_batch, draw_study):
+    for draw in (draw_long, draw_bassl_batch, draw_study):
         name = draw.__name__.removeprefix("draw_").replace("_", "-")
         if (HERE / f"{name}.jsonl").exists():
             figure = draw(HERE / f"{name}.jsonl")
