@@ -1236,10 +1236,7 @@ class Run:
 
     def new_encoder(self) -> nn.Module:
         """The backbone to train, untrained or as --weights has it."""
-        encoder = resnet(self.cfg.arch, self.stem)
-        if self.warm is not None:
-            encoder.load_state_dict(self.warm.state_dict())
-        return encoder
+        return resnet(self.cfg.arch, self.stem) if self.warm is None else self.warm
 
     def start(self, model: nn.Module, encoder: nn.Module, bank: nn.Module | None = None) -> None:
         """Move the modules to the device, claim the folder, go on from its checkpoint. model holds all that
@@ -1269,12 +1266,12 @@ class Run:
             except BlockingIOError:
                 raise UsageError(f"{self.out} belongs to a run that is alive; choose another --out") from None
         size, encoder_size = (sum(p.numel() for p in m.parameters()) for m in (model, encoder))
-        where = {"device": device_name(self.device), "precision": str(self.dtype).removeprefix("torch."),
-                 "processes": world()}
+        self.where = {"device": device_name(self.device), "processes": world(),
+                      "precision": str(self.dtype).removeprefix("torch.")}
         self.header = {"method": self.method, "variant": self.variant, "arch": cfg.arch, "stem": self.stem,
                        "size": self.size, "images": len(self.images), "names": digest_of(self.images.files),
                        "steps": self.steps, "effective_lr": self.lr, "config": vars(cfg), "parameters": size,
-                       "encoder_parameters": encoder_size, **origin(), **where,
+                       "encoder_parameters": encoder_size, **origin(), **self.where,
                        "started": datetime.now().isoformat(timespec="seconds")}
         if self.warm is not None:
             data = pathlib.Path(cfg.weights).expanduser().read_bytes()
@@ -1284,14 +1281,10 @@ class Run:
         say(f"{self.method} {self.variant}: {cfg.dataset}, {len(self.images)} images, {self.steps} steps "
             f"({cfg.epochs} epochs), recipe {cfg.recipe}{other}, {cfg.optimizer}, lr {self.lr:.4g} = "
             f"{cfg.lr:g} x {cfg.batch}/256, {cfg.arch}, {self.stem} stem, views of {self.view} px, "
-            f"{where['device']}, {where['precision']}, {size / 1e6:.1f} M parameters -> {self.out}")
+            f"{self.where['device']}, {self.where['precision']}, {size / 1e6:.1f} M parameters -> {self.out}")
         self._resume()
         if len(set(gather(torch.tensor([self.step])).tolist())) > 1:
             raise RunError(f"the processes found different checkpoints: {self.out} must be one folder")
-        lines = [json.loads(line) for line in self.lines]
-        last = lines[0] | {name: line[name] for line in lines if "resumed" in line for name in where}
-        if any(last[name] != where[name] for name in where):
-            self.lines.append(json.dumps({"resumed": self.step, **where}))
         self._write_log()
 
     def _resume(self) -> None:
@@ -1315,6 +1308,8 @@ class Run:
                 part.load_state_dict(state[name])
             self.step, self.lines, self.seconds = state["step"], state["log"], state["seconds"]
             self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
+            if state.get("where", self.where) != self.where:  # another machine, precision or number of processes
+                self.lines.append(json.dumps({"resumed": self.step, **self.where}))
         except (RuntimeError, ValueError, LookupError, TypeError) as error:
             begun = json.loads(state["log"][0]).get("processes", world())
             if begun != world():
@@ -1350,7 +1345,7 @@ class Run:
             return
         state |= {"method": self.method, "arch": self.cfg.arch, "stem": self.stem, "config": vars(self.cfg),
                   "epoch": self.step // self.steps_per_epoch, "step": self.step, "seconds": self.seconds,
-                  "log": self.lines, "sums": self.sums}
+                  "log": self.lines, "sums": self.sums, "where": self.where}
         with replacing(self.out / "checkpoint.pt", keep=True) as file:
             torch.save(state, file)
         self._save_backbone()
