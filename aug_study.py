@@ -40,7 +40,8 @@ class Config:
     momentum_end: float | None = None  # the momentum goes there from 0.99, by a cosine
 
 
-# Values of the flags that are not given, by --recipe; "cifar moco": what differs for a method or a set.
+# Values of the flags that are not given, by --recipe; "cifar moco": what differs for a method or a set. Where
+# both do, the method's counts.
 RECIPES = {
     # Two CPU cores: views of 16 px cut at the image's own resolution, through a stem that keeps them.
     "small": dict(arch="resnet10", stem="auto", view=16, batch=128, epochs=4, limit=0,
@@ -321,7 +322,7 @@ class Template(nn.Module):
             pairs.remove((0, 1))
         losses = [self.method.loss(online[v], targets[g], buffer, self.temperature) for v, g in pairs]
         if symmetric:
-            losses.append(losses[0])                                             # of (1, 0), the first pair
+            losses.append(losses[0])                  # (1, 0), the first pair, counts twice in the mean
         return torch.stack(losses).mean()
 
     @torch.no_grad()
@@ -354,7 +355,7 @@ def switched(name: str, predictor: str, momentum: str) -> Method:
     width = method.projector[-1]
     if predictor == "off":
         method = dataclasses.replace(method, predictor=())
-    if predictor == "on" and not method.predictor:
+    if predictor == "on" and not method.predictor:  # as wide as BYOL's on 256, as narrow as SimSiam's on 2048
         method = dataclasses.replace(method, predictor=(4 * width if width < 1024 else width // 4, width))
     if momentum != "default":
         method = dataclasses.replace(method, momentum=0.99 if momentum == "on" else 0.0)

@@ -56,6 +56,7 @@ class Config:
 
 
 # Values of the flags that are not given, by --recipe; "cifar moco": what differs for a framework or a set.
+# Where both do, the framework's counts.
 RECIPES = {
     # Two CPU cores: views of 16 px cut at the image's own resolution, through a stem that keeps them.
     "small": dict(arch="resnet10", stem="auto", view=16, batch=128, epochs=4, limit=0,

@@ -11,7 +11,6 @@ import fcntl
 import functools
 import hashlib
 import inspect
-import itertools
 import json
 import math
 import os
@@ -23,13 +22,11 @@ import signal
 import subprocess
 import sys
 import time
-import typing
 import zipfile
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Literal
+from typing import Callable, Iterable, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -67,7 +64,7 @@ def one_line_errors():
         raise SystemExit(130) from None
 
 
-class DataSet(typing.NamedTuple):
+class DataSet(NamedTuple):
     """What is known of a set before it is read; list_images and load_images say how it is found."""
 
     pixels: int                      # of a whole image, as networks see it
@@ -124,7 +121,7 @@ class RunConfig:
     preview: bool = False            # write OUT/preview.png, a grid of training views, and stop
 
 
-# May differ between a checkpoint and the run that resumes it: where and how to compute, not what.
+# May differ between a checkpoint and the run that resumes it: they change no number of the run or its log.
 FREE_FIELDS = {"data", "out", "workers", "cache", "device", "save_every", "minutes", "preview"}
 ALIASES = {"batch": ["-b", "--batch-size"], "data": ["--data-dir"]}
 
@@ -138,7 +135,8 @@ def parse(config_class: type, doc: str, argv: list[str] | None = None, recipes: 
           by: str = "") -> argparse.Namespace:
     """Command line -> the fields of config_class, and of RunConfig where there are recipes (see resolve).
     A field's trailing comment is its --help text; wrong usage exits."""
-    owners, defaults = [config_class, RunConfig] if recipes else [config_class], {}
+    owners = [config_class, RunConfig] if recipes else [config_class]
+    defaults = {}
     epilog = show_recipes(recipes) if recipes else ""
     parser = argparse.ArgumentParser(description=doc, epilog=epilog, allow_abbrev=False,
                                      usage="%(prog)s [flags]; --help lists them",
@@ -146,23 +144,23 @@ def parse(config_class: type, doc: str, argv: list[str] | None = None, recipes: 
     for title, owner in zip(("flags of this script", "flags of every script"), owners):
         group = parser.add_argument_group(title)
         comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(owner), re.M))
-        for name, kind in typing.get_type_hints(owner).items():
+        for name, kind in get_type_hints(owner).items():
             default = defaults[name] = getattr(owner, name)
             shown = f" [{default}]"
             if default is None:  # a script without recipes says it in the comment
                 shown = " [recipe]" if recipes else ""
-            text = comments.get(name, "")
-            options = {"default": default, "help": f"{text}{shown}".replace("%", "%%")}
-            if type(None) in typing.get_args(kind):  # int | None -> int
-                kind = typing.get_args(kind)[0]
+            options = {"default": default, "help": (comments.get(name, "") + shown).replace("%", "%%")}
+            if type(None) in get_args(kind):  # int | None -> int
+                kind = get_args(kind)[0]
             if kind is bool:
                 options["action"] = argparse.BooleanOptionalAction
-            elif typing.get_origin(kind) is Literal:
-                options["choices"] = typing.get_args(kind)
+            elif get_origin(kind) is Literal:
+                options["choices"] = get_args(kind)
             else:
                 options |= {"type": kind, "metavar": kind.__name__.upper()}
             group.add_argument(flag(name), *ALIASES.get(name, []), **options)
-    cfg = parser.parse_args(argv, type("Flags", (argparse.Namespace,), {"defaults": defaults})())
+    flags = type("Flags", (argparse.Namespace,), {"defaults": defaults})  # beside the flags, none of them
+    cfg = parser.parse_args(argv, flags())
     for name, value in vars(cfg).items():
         least = 2 if name == "batch" else 0
         if isinstance(value, (int, float)) and not least <= value <= 2**53:  # refuses nan too
@@ -179,11 +177,8 @@ def prefers_small(dataset: str, device: str) -> bool:
 
 
 def resolve(cfg, recipes: dict[str, dict], by: str) -> None:
-    """Fill every field of cfg that is None from its recipe.
-
-    recipes: "cifar" -> the values of all, "cifar moco", "cifar shapes" -> what differs for a method or a set.
-    by: the field that names the method.
-    """
+    """Fill every field of cfg that is None from its recipe: "cifar" has the values of all, "cifar shapes" and
+    "cifar moco" what differs for a set, and for a method, which cfg's field `by` names."""
     size = cfg.size or DATASETS[cfg.dataset].pixels
     if cfg.recipe == "auto":
         small = prefers_small(cfg.dataset, cfg.device)
@@ -196,9 +191,7 @@ def resolve(cfg, recipes: dict[str, dict], by: str) -> None:
         values |= recipes.get(key, {})
     if cfg.optimizer not in (None, values["optimizer"]) and cfg.lr is None:  # a rate belongs to its optimizer
         raise UsageError(f"--optimizer {cfg.optimizer}: give --lr too")
-    for name, value in cfg.defaults.items():
-        if value is None:
-            cfg.defaults[name] = values[name]
+    cfg.defaults.update(values)  # what a flag counts as that a checkpoint does not know
     for name, value in vars(cfg).items():
         if value is None and not (cfg.weights and name in ("arch", "stem")):  # which the file has: see Run
             setattr(cfg, name, values[name])
@@ -496,10 +489,8 @@ def list_tree(root: pathlib.Path, only: list[str] | None = None) -> tuple[Files,
     found, loose, passed = {}, [], collections.Counter()
     for folder, _, names in sorted(os.walk(root, followlinks=True)):
         parts = pathlib.Path(folder).relative_to(root).parts
-        if any(map(hidden, parts)):
-            continue
         for name in sorted(names):
-            if hidden(name):
+            if any(map(hidden, (*parts, name))):
                 continue
             if name.lower().endswith(EXTENSIONS):
                 group = found.setdefault(parts[0], []) if parts else loose
@@ -524,7 +515,8 @@ def list_tree(root: pathlib.Path, only: list[str] | None = None) -> tuple[Files,
 
 def list_tiny_imagenet_val(root: pathlib.Path) -> tuple[Files, list[str], list[str]]:
     """images/*.JPEG with val_annotations.txt (file, wnid, box): the published layout, no file moved."""
-    annotations, (_, classes, _) = root / "val_annotations.txt", list_tree(root.parent / "train")
+    annotations = root / "val_annotations.txt"
+    classes = [path.name for path in folders_in(root.parent / "train")]
     files = []
     for name, wnid in re.findall(r"^(\S+)\t(\w+)", annotations.read_text(errors="replace"), re.M):
         if wnid in classes and (root / "images" / name).exists():
@@ -560,9 +552,8 @@ def decode(path: str, size: int) -> tuple[np.ndarray, float, bool]:
     over white; of a stack the first page is read."""
     with Image.open(path) as image:
         if image.format == "TIFF":  # tags: bits, what zero is, kind of number
-            bits, white, kind = (image.tag_v2.get(tag) for tag in (258, 262, 339))
-            first = [value[0] if isinstance(value, tuple) else value for value in (bits, kind or 1)]
-            misread = MISREAD.get((first[0], white == 0, first[1]))
+            bits, kind = (image.tag_v2.get(tag, (1,))[0] for tag in (258, 339))
+            misread = MISREAD.get((bits, image.tag_v2.get(262) == 0, kind))
             if misread and len(image.getbands()) == 1:
                 raise ValueError(f"TIFF of {misread}; convert it to unsigned 8 or 16 bits, black is zero")
         image.draft(None, (size, size))  # a JPEG of twice the pixels or more is decoded at a part of them
@@ -575,8 +566,7 @@ def decode(path: str, size: int) -> tuple[np.ndarray, float, bool]:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")
     aspect = image.width / image.height
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BILINEAR)  # antialiased, as torchvision's
+    image = image.resize((size, size), Image.Resampling.BILINEAR)  # antialiased, as torchvision's
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)), aspect, deep
 
 
@@ -588,7 +578,8 @@ def decoded(place: pathlib.Path, files: Files, classes: list[str], size: int, pa
     Beside it a file of aspects, 0 = does not decode. The digest is of the files' names; a map that is older
     than its newest file is made again.
     """
-    order, store = torch.arange(len(files)), path.with_name(f"{path.name}-{digest_of(dict(files))}.npy")
+    order = torch.arange(len(files))
+    store = path.with_name(f"{path.name}-{digest_of(dict(files))}.npy")
     if limit and limit < len(files):
         order = torch.randperm(len(files), generator=seeded(0))[:limit]
     chosen = [files[i] for i in order.tolist()]
@@ -610,7 +601,7 @@ def decoded(place: pathlib.Path, files: Files, classes: list[str], size: int, pa
     except (OSError, ValueError, IndexError) as error:
         raise RunError(f"{store} is not as it was written ({error}); remove it") from None
     rows, labels = order[decodes], torch.tensor([label for _, label in chosen])[decodes]
-    names = [os.path.relpath(chosen[i][0], place) for i in decodes.nonzero()[:, 0].tolist()]
+    names = [chosen[i][0].removeprefix(f"{place}{os.sep}") for i in decodes.nonzero()[:, 0].tolist()]
     return ImageSet(pixels, labels, classes, rows, aspect[rows], names)
 
 
@@ -622,7 +613,7 @@ def modified(file: str | pathlib.Path) -> float:
         return -math.inf
 
 
-def digest_of(names: typing.Iterable[str]) -> str:
+def digest_of(names: Iterable[str]) -> str:
     """Twelve hexadecimal digits that depend on the names and their order."""
     return hashlib.sha256(b"\n".join(map(os.fsencode, names))).hexdigest()[:12]
 
@@ -630,8 +621,9 @@ def digest_of(names: typing.Iterable[str]) -> str:
 def write_map(files: list[str], size: int, store: pathlib.Path, workers: int) -> None:
     """Decode every file into its row of store. Where more than five do not decode and more than 1 %, or none
     does, RunError, nothing written."""
-    began, aspects, bad, deep, shape = time.monotonic(), [], [], 0, (len(files), 3, size, size)
+    shape = len(files), 3, size, size
     total = math.prod(shape) / 1e9
+    aspects, bad, deep, began = [], [], 0, time.monotonic()
 
     def read(path: str) -> tuple[np.ndarray, float, bool]:
         try:
@@ -795,8 +787,7 @@ class BatchAugment(nn.Module):
         return self.augment_with(images.repeat(views, 1, 1, 1), uniforms, order, aspect)
 
     def boxes(self, uniforms: Tensor, height: int, width: int, aspect: Tensor | None = None):
-        """RandomResizedCrop.get_params, vectorised: (B, UNIFORMS) -> top, left, height, width (B,), whole
-        pixels.
+        """RandomResizedCrop.get_params, vectorised: uniforms -> top, left, height, width (B,), whole pixels.
 
         The first of ten proposals that fits is taken; where none does, the largest box within the ratios, at
         a random place (torchvision's is at the centre, so that most of a panorama is never seen). A ratio is
@@ -871,7 +862,7 @@ def conv_terms(x_shape: torch.Size, weight_shape: torch.Size, stride: int, paddi
     height, width, kernel = *x_shape[2:], weight_shape[2]
     outputs = [(size + 2 * padding - kernel) // stride + 1 for size in (height, width)]
     groups = [{}, {}, {}]
-    for y, x, v, u in itertools.product(*map(range, (*outputs, kernel, kernel))):
+    for y, x, v, u in np.ndindex(*outputs, kernel, kernel):
         i, j = y * stride + v - padding, x * stride + u - padding
         if 0 <= i < height and 0 <= j < width:
             term = y * outputs[1] + x, v * kernel + u, i * width + j
@@ -1025,7 +1016,7 @@ def pick_device(name: str) -> torch.device:
             torch.cuda.set_device(name)
         torch.zeros(1, device=name)
         return torch.device(name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
@@ -1308,7 +1299,7 @@ class Run:
                 part.load_state_dict(state[name])
             self.step, self.lines, self.seconds = state["step"], state["log"], state["seconds"]
             self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
-            if state.get("where", self.where) != self.where:  # another machine, precision or number of processes
+            if state.get("where", self.where) != self.where:
                 self.lines.append(json.dumps({"resumed": self.step, **self.where}))
         except (RuntimeError, ValueError, LookupError, TypeError) as error:
             begun = json.loads(state["log"][0]).get("processes", world())
@@ -1327,8 +1318,9 @@ class Run:
             raise UsageError(f"{self.out} is of {other['method']}, not {self.method}; choose another --out")
         free = FREE_FIELDS - ({"data"} if self.cfg.dataset == "folder" else set())  # data is the set there
         ours = vars(self.cfg) | {"images": len(self.images), "file names": self.header["names"]}
-        theirs = {"images": other.get("images"), "file names": other.get("names", ours["file names"])}
-        theirs |= self.cfg.defaults | {n: value for n, value in other["config"].items() if n in ours or value}
+        theirs = {n: value for n, value in other["config"].items() if n in ours or value}
+        theirs = self.cfg.defaults | theirs
+        theirs |= {"images": other.get("images"), "file names": other.get("names", ours["file names"])}
         names = [n for n in sorted({*ours, *theirs} - free) if ours.get(n) != theirs.get(n)]
         if names:
             keys = ", ".join(f"{n} ({theirs.get(n)!r}, not {ours.get(n)!r})" for n in names)
@@ -1376,18 +1368,19 @@ class Run:
             self._save_backbone()
             say(f"nothing left to do: {self.out / 'backbone.pt'}")
             return
-        handlers = {n: signal.signal(n, lambda number, _: setattr(self, "stopping", 128 + number))
-                    for n in (signal.SIGTERM, signal.SIGINT)}
+        def stop(number, _):
+            self.stopping = 128 + number
+
+        handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
         self.started = self.last_save = time.monotonic()
         self.first_step, self.earlier = self.step, self.seconds
         try:
             while self.step < self.steps:
-                done, batch = self.step % self.steps_per_epoch, self.cfg.batch
-                epoch = self.step // self.steps_per_epoch
+                epoch, done = divmod(self.step, self.steps_per_epoch)  # done: steps of this epoch
                 order = torch.randperm(len(self.images), generator=seeded("order", self.cfg.seed, epoch))
-                order = order.to(self.images.rows.device).split(batch)[done:self.steps_per_epoch]
+                whole = order.to(self.images.rows.device).split(self.cfg.batch)[:self.steps_per_epoch]
                 self.last_step = time.monotonic()
-                for images in self.images.batches(order, self.device):
+                for images in self.images.batches(whole[done:], self.device):
                     self._prepare()
                     yield images
                     self._count()
@@ -1425,19 +1418,19 @@ class Run:
         self.lines.append(json.dumps(line))
         self._write_log()
         shown = " ".join(f"{k} {v}" for k, v in line.items() if k not in ("epoch", "step", "lr", "minutes"))
-        say(f"epoch {epoch}/{self.cfg.epochs} {shown}, {timedelta(seconds=round(left))} left")
+        say(f"epoch {epoch}/{self.cfg.epochs} {shown}, {left} left")
         self.last_step = time.monotonic()  # the monitor is no training
 
-    def _pace(self) -> tuple[float, float]:
-        """Images (not views) per second since the process began, without the monitor; seconds to go."""
+    def _pace(self) -> tuple[float, timedelta]:
+        """Images (not views) per second since the process began, without the monitor; the time to go."""
         pace = (self.seconds - self.earlier) / (self.step - self.first_step)
-        return self.cfg.batch / pace, pace * (self.steps - self.step)
+        return self.cfg.batch / pace, timedelta(seconds=round(pace * (self.steps - self.step)))
 
     def _show_progress(self) -> None:
         rate, left = self._pace()
-        live(f"step {self.step}/{self.steps} {rate:.0f} images/s, {timedelta(seconds=round(left))} left")
+        live(f"step {self.step}/{self.steps} {rate:.0f} images/s, {left} left")
         if self.step - self.first_step == 20 and self.step < self.steps:
-            say(f"estimated end in {timedelta(seconds=round(left))}")
+            say(f"estimated end in {left}")
 
     def _save_or_stop(self) -> None:
         """Save where it is time to, stop where a signal or --minutes asks for it, in all processes alike."""
@@ -1473,10 +1466,10 @@ class Run:
         self.scaler.update()
 
     def _stop_if_bad(self, values: list[Tensor] = ()) -> None:
-        bad = self.bad
+        bad = self.bad  # in fp16 an overflow is no fault, as long as a smaller scale ends it
         if self.scaler.is_enabled():
             bad = self.scaler.get_scale() < 1
-        if bad or values and not torch.stack(torch._foreach_norm(values)).sum().isfinite():
+        if bad or not torch.nn.utils.get_total_norm(values).isfinite():
             lr = self.optimizer.param_groups[0]["lr"]
             raise RunError(f"loss, gradients or parameters are not finite at step {self.step} (lr {lr:.4g}); "
                            "the last checkpoint is untouched; try a lower --lr or longer --warmup, and --out")

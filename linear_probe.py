@@ -25,6 +25,7 @@ import json
 import math
 import pathlib
 import re
+import textwrap
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -33,6 +34,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.utils import save_image
 
 import common
 from common import BatchAugment, ImageSet, RunError, UsageError, features, knn, rank, resnet, seeded, world
@@ -67,12 +69,6 @@ METRICS = ["knn_top1", "knn20_top1", "knn10_top1", "probe_top1", "linear_top1"]
 
 
 # ---------------------------------------------------------------------------------------------- protocols
-
-
-def autocast(cfg: Config, device: torch.device) -> torch.autocast:
-    """The precision of features."""
-    dtype = common.pick_dtype(cfg.amp, device)
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -143,9 +139,7 @@ def sgd_probe(encoder: nn.Module, train: ImageSet, test: ImageSet, cfg: Config,
         whole = order.split(batch)[:len(train) // batch]
         for step, (images, aspect, index) in enumerate(train.batches(whole, device)):
             with torch.no_grad():
-                x = augment(images, seeded(cfg.seed, epoch, step), aspect)
-                with autocast(cfg, device):
-                    x = encoder(x)
+                x = encoder(augment(images, seeded(cfg.seed, epoch, step), aspect))
                 x = common.gather(x.float())                                        # (B, D)
             loss = F.cross_entropy(head(x), labels[common.gather(index)])
             optimizer.zero_grad()
@@ -153,8 +147,7 @@ def sgd_probe(encoder: nn.Module, train: ImageSet, test: ImageSet, cfg: Config,
             optimizer.step()
             scheduler.step()
         common.live(f"SGD probe: epoch {epoch + 1}/{cfg.epochs}, loss {loss.item():.3f}")
-    with autocast(cfg, device):
-        x, y = features(encoder, test, cfg.size, device)
+    x, y = features(encoder, test, cfg.size, device)
     return accuracy(head.eval()(x), y)
 
 
@@ -205,41 +198,41 @@ def load_backbone(path: str, arch: str | None = None, stem: str = "auto") -> tup
     tensors = tensors_in(loaded)
     above = [key.removesuffix("conv1.weight") for key in tensors if key.endswith("conv1.weight")]
     above = [prefix for prefix in above if f"{prefix}layer1.0.conv1.weight" in tensors]
-    above.sort(key=lambda prefix: bool(SECOND.search(prefix)))
     if not above:
         raise UsageError(f"{path} holds no ResNet: no conv1.weight beside a layer1.0.conv1.weight "
                          f"({', '.join(list(tensors)[:3])}, ...)")
-    if len(above) > 1 and bool(SECOND.search(above[0])) == bool(SECOND.search(above[1])):
-        raise UsageError(f"{path} holds several ResNets, and no name says which to take: {', '.join(above)}")
-    state = {key.removeprefix(above[0]): value for key, value in tensors.items() if key.startswith(above[0])}
+    meant = [prefix for prefix in above if not SECOND.search(prefix)] or above
+    if len(meant) > 1:
+        raise UsageError(f"{path} holds several ResNets, and no name says which to take: {', '.join(meant)}")
+    prefix = meant[0]
+    state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     blocks = tuple(len({key.split(".")[1] for key in state if key.startswith(f"layer{n}.")})
                    for n in (1, 2, 3, 4))
-    found = {"arch": LAYERS.get(("layer1.0.conv3.weight" in state, blocks), f"of {blocks} blocks"),
-             "stem": {3: "cifar", 7: "imagenet"}.get(state["conv1.weight"].shape[-1], "unknown")}
+    kernel, bottleneck = state["conv1.weight"].shape[-1], "layer1.0.conv3.weight" in state
+    found = {"arch": LAYERS.get((bottleneck, blocks)), "stem": {3: "cifar", 7: "imagenet"}.get(kernel)}
+    if None in found.values():
+        raise UsageError(f"{path} is a ResNet of {blocks} blocks with a stem of {kernel} pixels; want one of "
+                         f"{', '.join(LAYERS.values())} with a stem of 3 or 7")
     for name, asked in (("arch", arch), ("stem", stem)):
         if asked not in (None, "auto", found[name]):
             raise UsageError(f"{path} has {name} {found[name]}, not {asked}")
-    if found["arch"] not in LAYERS.values() or found["stem"] == "unknown":
-        kernel = state["conv1.weight"].shape[-1]
-        raise UsageError(f"{path} is a ResNet {found['arch']} with a stem of {kernel} pixels; want one of "
-                         f"{', '.join(LAYERS.values())} with a stem of 3 or 7")
     encoder = resnet(found["arch"], found["stem"])
-    own = encoder.state_dict()
-    heads = sorted({key.split(".")[0] for key in state} - {key.split(".")[0] for key in own})
-    state = {key: value for key, value in state.items() if key.split(".")[0] not in heads}
-    state |= {key: value for key, value in own.items() if key.endswith("tracked") and key not in state}
-    wrong = [f"missing {key}" for key in own if key not in state]
-    wrong += [f"unexpected {key}" for key in state if key not in own]
-    for key in own:
-        if key in state and state[key].shape != own[key].shape:
-            wrong.append(f"{key} of shape {tuple(state[key].shape)}, not {tuple(own[key].shape)}")
-    if wrong:
-        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise UsageError(f"{path} is no {found['arch']} of torchvision's: {'; '.join(wrong[:5])}{more}")
-    encoder.load_state_dict(state)
-    common.say(f"{path}: {found['arch']}, {found['stem']} stem" + f" from '{above[0]}'" * bool(above[0])
-               + f", without {', '.join(heads)}" * bool(heads)
-               + f"; not read: {', '.join(map(repr, above[1:]))}" * bool(above[1:]))
+    own = {key.split(".")[0] for key in encoder.state_dict()}
+    heads = sorted({key.split(".")[0] for key in state} - own)
+    state = {key: value for key, value in state.items() if key.split(".")[0] in own}
+    try:
+        encoder.load_state_dict(state)  # strict, but it fills in num_batches_tracked, which old files lack
+    except RuntimeError as error:
+        told = textwrap.shorten(str(error), 400, placeholder=" ...")
+        raise UsageError(f"{path} is no {found['arch']} of torchvision's: {told}") from None
+    said = f"{path}: {found['arch']}, {found['stem']} stem"
+    if prefix:
+        said += f" from '{prefix}'"
+    if heads:
+        said += f", without {', '.join(heads)}"
+    if len(above) > 1:
+        said += f"; not read: {', '.join(repr(other) for other in above if other != prefix)}"
+    common.say(said)
     return encoder, found["arch"], found["stem"]
 
 
@@ -254,12 +247,6 @@ def fingerprint(module: nn.Module) -> str:
 # ---------------------------------------------------------------------------------------------- the row
 
 
-def log_beside(backbone: str) -> list[dict]:
-    """The lines of the log beside a backbone.pt of ours, header first; none where there is no log."""
-    log = pathlib.Path(backbone).expanduser().parent / "log.jsonl"
-    return common.read_log(log) if backbone and log.exists() else []
-
-
 def run_facts(backbone: str, lines: list[dict]) -> dict:
     """What a log says of the pretraining, and its checkpoint of how far it went: fields of a result row."""
     if not lines:
@@ -269,7 +256,8 @@ def run_facts(backbone: str, lines: list[dict]) -> dict:
     facts |= {"weights_digest": header["weights_digest"]} if "weights_digest" in header else {}
     for name in ("device", "precision"):  # of every part of a run that went on elsewhere
         facts[name] = ", then ".join(dict.fromkeys(line[name] for line in lines if name in line))
-    last, checkpoint = epochs[-1] if epochs else {}, pathlib.Path(backbone).with_name("checkpoint.pt")
+    last = epochs[-1] if epochs else {}
+    checkpoint = pathlib.Path(backbone).expanduser().with_name("checkpoint.pt")
     step, steps = last.get("step", 0), header.get("steps")
     if checkpoint.exists():
         try:
@@ -356,8 +344,6 @@ def load_splits(cfg: Config) -> tuple[ImageSet, ImageSet]:
 
 def draw_neighbours(path: str, train: ImageSet, test: ImageSet, train_x: Tensor, test_x: Tensor) -> None:
     """A PNG of ten test images, each beside its eight nearest training images, green if of its class."""
-    from torchvision.utils import save_image
-
     first = [(test.labels == c).nonzero()[:1, 0] for c in range(len(test.classes))]
     labelled = torch.cat(first)[:10].tolist()
     cosines = F.normalize(test_x[labelled], dim=1) @ F.normalize(train_x, dim=1).T
@@ -387,8 +373,7 @@ def write_features(cfg: Config, encoder: nn.Module, device: torch.device) -> Non
                 raise
             common.say(f"no test_*: {error}")
             continue
-        with autocast(cfg, device):
-            x, labels = features(encoder, images.to(device), cfg.size, device)
+        x, labels = features(encoder, images.to(device), cfg.size, device)
         arrays |= {f"{split}_features": x.cpu().numpy(), f"{split}_labels": labels.cpu().numpy(),
                    f"{split}_files": np.array(images.files), "classes": np.array(images.classes)}
     file = pathlib.Path(cfg.features).expanduser()
@@ -411,7 +396,9 @@ def probe(cfg: Config) -> dict | None:
     common.join_processes()
     if (cfg.neighbours or cfg.features) and world() > 1:
         raise UsageError("--neighbours and --features work in one process: start without torchrun")
-    device, lines = common.pick_device(cfg.device), log_beside(cfg.backbone)
+    device = common.pick_device(cfg.device)
+    log = pathlib.Path(cfg.backbone).expanduser().parent / "log.jsonl"  # of a backbone of ours
+    lines = common.read_log(log) if cfg.backbone and log.exists() else []
     fill_in(cfg, lines)
     if cfg.backbone:
         encoder, arch, stem = load_backbone(cfg.backbone, cfg.arch, cfg.stem)
@@ -423,9 +410,12 @@ def probe(cfg: Config) -> dict | None:
         torch.manual_seed(cfg.seed)
         encoder, lines = resnet(arch, stem), []
     encoder = encoder.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    dtype = common.pick_dtype(cfg.amp, device)
+    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    encoder.forward = autocast(encoder.forward)  # the precision of all features
     if cfg.features:
         return write_features(cfg, encoder, device)
-    digest, precision = fingerprint(encoder), str(common.pick_dtype(cfg.amp, device)).removeprefix("torch.")
+    digest, precision = fingerprint(encoder), str(dtype).removeprefix("torch.")
 
     beside = f"runs/{cfg.dataset}/random" if cfg.random else pathlib.Path(cfg.backbone).parent
     results = pathlib.Path(cfg.out or beside).expanduser() / "results.jsonl"
@@ -448,9 +438,8 @@ def probe(cfg: Config) -> dict | None:
 
     train, test = (images.to(device) for images in load_splits(cfg))
     began = time.monotonic()
-    with autocast(cfg, device):
-        train_x, train_y = features(encoder, train, cfg.size, device)
-        test_x, test_y = features(encoder, test, cfg.size, device)
+    train_x, train_y = features(encoder, train, cfg.size, device)
+    test_x, test_y = features(encoder, test, cfg.size, device)
     if not (train_x.isfinite().all() and test_x.isfinite().all()):
         raise RunError(f"{cfg.backbone}: features are not finite, so nothing can be probed")
     if cfg.neighbours:
@@ -461,8 +450,10 @@ def probe(cfg: Config) -> dict | None:
            "variant": "untrained" if cfg.random else "",
            "device": common.device_name(device), "precision": "float32", **made, "probe_sha": made["sha"],
            "probe_command": made["command"], **run_facts(cfg.backbone, lines), "arch": arch, "stem": stem}
-    kept = {*METRICS} - requested | (set() if cfg.epochs else {"linear_epochs"})
-    for old in replaced:  # what an earlier call found and this one does not make anew stays in the row
+    kept = {*METRICS} - requested  # what an earlier call found and this one does not make anew
+    if not cfg.epochs:
+        kept.add("linear_epochs")
+    for old in replaced:
         row |= {name: value for name, value in old.items() if name in kept}
 
     def add(metric: str, value: float) -> None:

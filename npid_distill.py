@@ -69,7 +69,7 @@ RECIPES = {
                      optimizer="sgd", lr=0.5, wd=1e-4, warmup=0.0, cutmix=0.5, negatives=10_000, dim=2048),
     "imagenet imagenet1k": dict(dim=128),  # Wu et al. 2018; a bank of 0.7 GB in place of 10.5
 }
-SHARP = ("shapes", "cifar10", "cifar100")  # sets whose views are not blurred; official code
+UNBLURRED = ("shapes", "cifar10", "cifar100")  # sets whose views are not blurred; official code
 
 
 # ---------------------------------------------------------------------------------------------- losses
@@ -253,7 +253,7 @@ def train(cfg) -> None:
     encoder = run.new_encoder()
     model = nn.Sequential(encoder, projector(encoder.dim, cfg.dim))
     bank = MemoryBank(len(run.images), cfg.dim, cfg.bank_momentum, seeded("bank", cfg.seed))
-    augment = BatchAugment(run.view, blur_p=0.0 if cfg.dataset in SHARP else 0.5).to(run.device)
+    augment = BatchAugment(run.view, blur_p=0.0 if cfg.dataset in UNBLURRED else 0.5).to(run.device)
     run.start(model, encoder, bank)
     if cfg.init != "random" and run.step == 0 and not cfg.preview:
         calibrate(bank, model, augment, run)

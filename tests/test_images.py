@@ -2,6 +2,7 @@
 import collections
 import os
 import random
+import re
 import struct
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -215,9 +216,10 @@ def test_hidden_files_are_ignored_and_what_lies_deeper_is_found(tmp_path):
 def tree_of(root, **counts):
     """So many small images in each of these folders; "Train/a" is written Train__a."""
     for folder, count in counts.items():
-        (root / folder.replace("__", "/")).mkdir(parents=True, exist_ok=True)
+        place = root / re.sub("(?<=.)__", "/", folder)  # but __MACOSX
+        place.mkdir(parents=True, exist_ok=True)
         for i in range(count):
-            saved(COLOURS, root / folder.replace("__", "/") / f"{i}.png")
+            saved(COLOURS, place / f"{i}.png")
     return root
 
 

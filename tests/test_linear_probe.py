@@ -110,9 +110,10 @@ def test_wrong_backbones_are_refused_by_name(backbone):
         (state, dict(arch="resnet18"), "arch resnet10, not resnet18"),
         (state, dict(stem="cifar"), "stem imagenet, not cifar"), ([1], {}, "holds a list"),
         ({"net": {"0.weight": torch.ones(3)}}, {}, "holds no ResNet.*net.0.weight"),
-        (lacks, {}, "missing layer3.0.bn1.running_var"), (deeper, {}, r"a ResNet of \(1, 1, 1, 2\) blocks"),
-        (state | {"layer1.0.se.weight": torch.ones(3)}, {}, "unexpected layer1.0.se.weight"),
-        (state | {"layer2.0.bn1.bias": torch.ones(3)}, {}, r"bn1.bias of shape \(3,\), not \(128,\)"),
+        (lacks, {}, "Missing key.*layer3.0.bn1.running_var"),
+        (deeper, {}, r"a ResNet of \(1, 1, 1, 2\) blocks"),
+        (state | {"layer1.0.se.weight": torch.ones(3)}, {}, "Unexpected key.*layer1.0.se.weight"),
+        (state | {"layer2.0.bn1.bias": torch.ones(3)}, {}, "size mismatch for layer2.0.bn1.bias"),
         (two, {}, "several ResNets.*left., right"),
         (state | {"loss": Fraction(1)}, {}, "holds a fractions.Fraction"),
     ]:
