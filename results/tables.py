@@ -7,9 +7,10 @@
     python results/tables.py --check         # every committed row names a clean commit of this history
     python results/tables.py --readme        # write results/README.md from the committed rows
 
-A line is one run, or runs that differ in the seed alone: mean ± standard deviation. Where the variant is
-something + a term, `effect` is the mean of the differences to the runs without this last term, seed by seed,
-with a 95 % interval (Student's t over seeds); of NPID where its terms have no lines, that to MoCo v2.
+A row is one probe of one run. A line is one run, or runs that differ in the seed alone: mean ± standard
+deviation. Differences are means over seeds, each within a seed, with a 95 % interval (Student's t):
+`effect on probe` where the variant is something + a term, of "A + B + C" to "A + B", at the same settings;
+`over NAME` to the nearest run of that method or of the untrained network, whatever its images and epochs.
 """
 import dataclasses
 import json
@@ -82,20 +83,38 @@ to 3 minutes of a core; multi-crop and ResNet-18 4 to 7), a probe by a tenth of 
 it is the method that decides, and the smaller network wins; of the published effects none shows."""),
 }
 
-# Published numbers: (source, metric) -> data set -> percent by method.
+TUNING = ("tried", "rates", "bassl-look", "npid-scale")  # below one heading, at the end of the page
+
+# Published numbers: (source, metric) -> data set -> percent, or minutes, by method.
 PUBLISHED = {
-    ("ResNet-18, 1000 epochs, online probe (solo-learn)", "linear_top1"): {
-        "cifar10": {"simclr": 90.74, "moco v2+": 92.94, "byol": 92.58, "simsiam": 90.51, "swav": 89.17,
-                    "barlow": 92.10, "vicreg": 92.07, "dino": 89.52},
-        "cifar100": {"simclr": 65.78, "moco v2+": 69.89, "byol": 70.46, "simsiam": 66.04, "swav": 64.88,
-                     "barlow": 70.90, "vicreg": 68.54, "dino": 66.76}},
-    ("ResNet-18, 400 epochs, online probe (solo-learn)", "linear_top1"): {"imagenet100": {"simclr": 77.64}},
-    ("ResNet-18, 200 epochs, batch 512 (lightly)", "knn_top1"): {
+    ("ResNet-18, 1 epoch (EMP-SSL, arXiv 2304.03977)", "linear_top1"): {
+        "cifar10": {"simclr": 28.2, "byol": 24.9, "vicreg": 40.6}},
+    ("ResNet-18, 10 epochs (EMP-SSL)", "linear_top1"): {
+        "cifar10": {"simclr": 56.5, "byol": 48.9, "vicreg": 69.7}},
+    ("ResNet-18, 30 epochs (EMP-SSL)", "linear_top1"): {
+        "cifar10": {"simclr": 66.3, "byol": 68.4, "vicreg": 78.1}},
+    ("ResNet-18, 100 epochs, A100 (dkobak/simclr-cifar10)", "knn10_top1"): {"cifar10": {"simclr": 83.2}},
+    ("ResNet-18, 100 epochs, A100 (dkobak/simclr-cifar10)", "probe_top1"): {"cifar10": {"simclr": 85.6}},
+    ("ResNet-18, 100 epochs, A100 (dkobak/simclr-cifar10)", "minutes"): {"cifar10": {"simclr": 20}},
+    ("ResNet-18, 500 epochs, A100 (dkobak/simclr-cifar10)", "knn10_top1"): {"cifar10": {"simclr": 90.3}},
+    ("ResNet-18, 500 epochs, A100 (dkobak/simclr-cifar10)", "minutes"): {"cifar10": {"simclr": 99}},
+    ("ResNet-18, 1000 epochs, A100 (dkobak/simclr-cifar10)", "knn10_top1"): {"cifar10": {"simclr": 91.4}},
+    ("ResNet-18, 1000 epochs, A100 (dkobak/simclr-cifar10)", "probe_top1"): {"cifar10": {"simclr": 91.7}},
+    ("ResNet-18, 200 epochs, batch 512, A6000 (lightly)", "knn_top1"): {
         "cifar10": {"simclr": 84.8, "moco": 84.7, "byol": 86.8, "simsiam": 76.4, "swav": 84.2, "barlow": 81.9,
                     "dino": 81.3}},
+    ("ResNet-18, 200 epochs, batch 512, A6000 (lightly)", "minutes"): {
+        "cifar10": {"simclr": 87, "moco": 112, "byol": 108, "simsiam": 88, "swav": 89, "barlow": 153,
+                    "dino": 109}},
+    ("ResNet-18, 1000 epochs, online probe (solo-learn)", "linear_top1"): {
+        "cifar10": {"simclr": 90.74, "moco": 92.94, "byol": 92.58, "simsiam": 90.51, "swav": 89.17,
+                    "barlow": 92.10, "vicreg": 92.07, "dino": 89.52},
+        "cifar100": {"simclr": 65.78, "moco": 69.89, "byol": 70.46, "simsiam": 66.04, "swav": 64.88,
+                     "barlow": 70.90, "vicreg": 68.54, "dino": 66.76}},
+    ("ResNet-18, 400 epochs, online probe (solo-learn)", "linear_top1"): {"imagenet100": {"simclr": 77.64}},
     ("ResNet-18, 200 epochs (arXiv 2404.19289)", "linear_top1"): {
-        "cifar100": {"npid_distill": 67.9, "moco v2": 62.5},
-        "tinyimagenet": {"npid_distill": 39.7, "moco v2": 35.8}},
+        "cifar100": {"npid_distill": 67.9, "moco": 62.5},
+        "tinyimagenet": {"npid_distill": 39.7, "moco": 35.8}},
     ("arXiv 2311.09974", "linear_top1"): {
         "cifar10": {"bassl": 92.12}, "cifar100": {"bassl": 66.53}, "imagenet1k": {"bassl": 59.41}},
 }
@@ -225,32 +244,50 @@ def varied(row: dict, rows: list[dict]) -> str:
 
 def unlike(row: dict, other: dict) -> tuple[int, float]:
     """How far two runs are apart: flags that differ, then minutes."""
-    flags = [row["config"].get(name) != value for name, value in other["config"].items()]
-    return sum(flags), abs(row["minutes"] - other["minutes"])
+    flags = [row["config"].get(name) != value for name, value in other.get("config", {}).items()]
+    return sum(flags), abs(row["minutes"] - (other.get("minutes") or 0))
 
 
 def differences(same: list[dict], rows: list[dict]) -> list[float]:
-    """The probe of the runs of a line minus that of rows without its last term, same settings, same seed.
-    NPID as a whole stands against MoCo v2 on the same images. Of several such rows the one that differs in
-    the fewest flags counts, then the one of the nearest minutes."""
+    """The probe of the runs of a line minus that of rows without its last term, same settings, same seed."""
     base, _, term = same[0]["variant"].rpartition(" + ")
-    keys = (*SETTINGS, "seed", "variant")
-    if same[0]["method"] == "npid_distill" and not any(row["variant"] == base for row in rows):
-        base, keys = "moco", ("dataset", "images", "arch", "seed", "variant")
     if not base or "unpaired" in term:
         return []
-    others = group([row for row in rows if "probe_top1" in row], keys)
-    found = []
+    return paired(same, [row for row in rows if row["variant"] == base], (*SETTINGS, "seed"))
+
+
+def paired(same: list[dict], others: list[dict], keys: tuple, metric: str = "probe_top1") -> list[float]:
+    """The metric of each row minus that of the row among others that agrees with it in keys; of several the
+    one that differs in the fewest flags, then the one of the nearest minutes."""
+    partners, found = group([row for row in others if metric in row], keys), []
     for row in same:
-        partners = others.get((*(row.get(key) for key in keys[:-1]), base), [])
-        if partners and "probe_top1" in row:
-            partner = min(partners, key=lambda other: unlike(row, other))
-            found.append(row["probe_top1"] - partner["probe_top1"])
+        alike = partners.get(tuple(row.get(key) for key in keys), [])
+        if alike and metric in row:
+            partner = min(alike, key=lambda other: unlike(row, other))
+            found.append(row[metric] - partner[metric])
     return found
 
 
-def table(rows: list[dict]) -> str:
-    """One Markdown table a data set, the published numbers of its methods in italics below."""
+# Tables of whole methods -> what two rows agree in, beside the seed, to be compared.
+BASES = ("untrained", "simclr", "moco")  # variants
+COMPARED = {"methods": ("dataset",), "long": ("dataset",), "npid-moco": ("dataset", "images", "arch")}
+
+
+def comparison(rows: list[dict], keys: tuple) -> str:
+    """Each line of trained networks over the untrained one, SimCLR and MoCo v2, in points of probe; two rows
+    are compared where they agree in keys, seed and protocol."""
+    lines = []
+    for same in lines_of([row for row in rows if row["method"] != "random"]):
+        line = {name: same[0][name] for name in (*keys, "variant")}
+        for base in BASES:
+            others = [row for row in rows if row["variant"] == base and row not in same]
+            line[f"over {base}"] = points(paired(same, others, (*keys, "split", "fraction", "seed")))
+        lines += [line] if any(line[f"over {base}"] for base in BASES) else []
+    return markdown(lines)
+
+
+def table(rows: list[dict], published: bool = False) -> str:
+    """One Markdown table a data set; if asked for, the published numbers of its methods in italics below."""
     text = []
     rows = sorted(rows, key=lambda row: row["method"] != "random")  # the untrained network first
     for (dataset,), part in group(rows, ("dataset",)).items():
@@ -262,14 +299,14 @@ def table(rows: list[dict]) -> str:
             if len({row["sha"] for row in rows if "sha" in row}) > 1:
                 line["commit"] = " ".join(dict.fromkeys(row["sha"][:7] for row in same))
             lines.append(line)
-        tested = [row for row in part if row["split"] == "test"]
-        names = {row["variant"].split(" ")[0].rstrip(",") for row in tested}
-        names |= {row["method"] for row in tested if row["method"] != "bassl" or "fusion" in row["variant"]}
-        for (source, metric), sets in PUBLISHED.items():
-            for method, percent in sets.get(dataset, {}).items():
-                if method.split(" ")[0] in names:
-                    cells = {"variant": f"*published: {source}*", METRICS[metric]: f"*{percent:g}*"}
-                    lines.append({"method": method, **cells})
+        names = {row["variant"].split(" ")[0].rstrip(",") for row in part}
+        names |= {row["method"] for row in part if row["method"] != "bassl" or "fusion" in row["variant"]}
+        cells: dict[tuple, dict] = {}  # a line a source and method
+        for (source, metric), sets in PUBLISHED.items() if published else ():
+            for method in names & sets.get(dataset, {}).keys():
+                line = cells.setdefault((source, method), {"method": method, "variant": f"*{source}*"})
+                line[METRICS.get(metric, metric)] = f"*{sets[dataset][method]:g}*"
+        lines += sorted(cells.values(), key=lambda line: line["method"])
         text += [f"**{dataset}**", "", markdown(lines), ""]
     return "\n".join(text)
 
@@ -391,6 +428,25 @@ def collect(name: str, folders: list[str]) -> None:
     print(table(read_rows([HERE / f"{name}.jsonl"])))
 
 
+def section(name: str, level: str = "##") -> list[str]:
+    """A table of the page: its title, sentence, command, machines, rows, effects and picture."""
+    (title, sentence), path = TABLES[name], HERE / f"{name}.jsonl"
+    if not path.exists():
+        return []
+    rows = read_rows([path])
+    trained = [row for row in rows if row["method"] != "random"]
+    machines = dict.fromkeys(f"{row['device']}, {row['precision']}" for row in trained)
+    text = [f"{level} {title}", "", sentence.strip(), "", f"`make {name}`; {'; '.join(machines)}.", "",
+            table(rows, published=name in ("methods", "long", "published"))]
+    if name in COMPARED:
+        text += ["Points of probe:", "", comparison(rows, COMPARED[name]), ""]
+    if name == "study":
+        text += ["Its main effects on the probe:", "", effects_table(path), ""]
+    if (HERE / f"{name}.png").exists():
+        text += [f"![{title}]({name}.png)", ""]
+    return text
+
+
 def write_readme() -> None:
     """results/README.md: every table with its sentence and the command that makes it."""
     text = ["# Results", "",
@@ -400,18 +456,9 @@ def write_readme() -> None:
             "",
             "Reduced runs (fewer images, epochs or pixels than the papers') are compared with each other "
             "alone; published numbers stand in italics for scale.", ""]
-    for name, (title, sentence) in TABLES.items():
-        path = HERE / f"{name}.jsonl"
-        if path.exists():
-            rows = read_rows([path])
-            trained = [row for row in rows if row["method"] != "random"]
-            machines = dict.fromkeys(f"{row['device']}, {row['precision']}" for row in trained)
-            made = f"`make {name}`; {'; '.join(machines)}."
-            text += [f"## {title}", "", sentence.strip(), "", made, "", table(rows)]
-            if name == "study":
-                text += ["Its main effects on the probe:", "", effects_table(path), ""]
-            if (HERE / f"{name}.png").exists():
-                text += [f"![{title}]({name}.png)", ""]
+    for name in TABLES:
+        if name not in TUNING:
+            text += section(name)
     for path in sorted((HERE / "bench").glob("*.jsonl")):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         machines = dict.fromkeys(f"{row['device']}, {row['precision']}" for row in rows)
@@ -420,6 +467,9 @@ def write_readme() -> None:
         hidden = {"sha", "torch", "command", "blobs"} | alike
         shown = [{key: row[key] for key in row if key not in hidden} for row in rows]
         text += [f"## Bench: {path.stem}", "", made, "", markdown(shown), ""]
+    text += ["## How the defaults were chosen", "", "On training images that were held out of the probe.", ""]
+    for name in TUNING:
+        text += section(name, level="###")
     (HERE / "README.md").write_text("\n".join(text))
     print(f"wrote {HERE / 'README.md'}")
 

@@ -46,8 +46,10 @@ def test_a_partner_is_the_run_of_the_fewest_other_flags_then_of_the_nearest_minu
             for e, m, v in ((9, 12.0, 50), (17, 23.0, 60))]
     npid = dict(method="npid_distill", variant="NPID + calibration")
     rows += [row(**npid, epochs=e, minutes=m, probe_top1=v) for e, m, v in ((22, 15.0, 51), (32, 22.0, 58))]
-    effects = [line["effect on probe"] for line in cells(tables.table(rows)) if line["variant"] != "moco"]
-    assert effects == ["+1.0", "-2.0"], "NPID as a whole stands against MoCo v2"
+    rows += [row(method="random", variant="untrained", probe_top1=30), row(seed=1, probe_top1=99)]
+    lines = cells(tables.comparison(rows, ("dataset",)))
+    assert [line["over moco"] for line in lines] == ["-10.0", "+10.0", "+1.0", "-2.0"], "whole methods"
+    assert [line["over untrained"] for line in lines] == ["+20.0", "+30.0", "+21.0", "+28.0"]
     rows = [row(variant="NPID", config={"momentum": m, "kl": 0}, minutes=9 * m, probe_top1=v)
             for m, v in ((0.2, 40), (0.5, 50))]
     rows.append(row(variant="NPID + kl", config={"momentum": 0.5, "kl": 1}, minutes=1.8, probe_top1=53))
@@ -66,9 +68,12 @@ def test_a_line_has_the_mean_of_its_seeds_and_the_flags_that_differ_and_the_cont
 
 
 def test_published_numbers_stand_in_italics_below_and_wrong_files_are_named(tmp_path, capsys):
-    lines = cells(tables.table([row(dataset="cifar10", linear_top1=60.0)]))
+    rows = [row(dataset="cifar10", linear_top1=60.0)]
+    lines = cells(tables.table(rows, published=True))
     assert lines[0]["images/s"] == "3", "100 images twice in a minute"
     assert lines[0]["linear"] == "60.0" and "*90.74*" in [line["linear"] for line in lines[1:]]
+    [lightly] = [line for line in lines if "lightly" in line["variant"]]
+    assert (lightly["kNN"], lightly["minutes"]) == ("*84.8*", "*87*") and len(cells(tables.table(rows))) == 1
     for text in ("{", "[1]", "{}"):
         (tmp_path / "rows.jsonl").write_text(text)
         with pytest.raises(SystemExit) as end:
