@@ -6,7 +6,7 @@ import pathlib
 
 from matplotlib import pyplot as plt
 
-from tables import HERE, differences, effects, group, lines_of, mean_and_half, read_rows
+from tables import HERE, differences, effects, lines_of, mean_and_half, read_rows
 
 
 def panels(count: int, **labels):

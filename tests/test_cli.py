@@ -1,6 +1,5 @@
 """The command line as a user meets it: wrong usage, every documented command, `make`."""
 import collections
-import dataclasses
 import importlib
 import inspect
 import json
@@ -75,6 +74,7 @@ def test_a_failed_download_says_both_ways_and_unpickles_nothing_foreign(tmp_path
     monkeypatch.setattr(urllib.request, "_opener", None)
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
     trace, folder = tmp_path / "ran", tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"]:
@@ -94,13 +94,9 @@ def test_preview_draws_and_stops(file, small, train):
     assert [path.name for path in out.iterdir()] == ["preview.png"]
 
 
-def test_a_field_without_a_comment_has_a_flag_too_and_the_probes_help_names_no_recipe(capsys):
-    @dataclasses.dataclass
-    class Config:
-        plain: int = 3
-    assert common.parse(Config, "", ["--plain", "4"]).plain == 4
-    assert start("linear_probe.py", "--help") == 0
-    assert "recipe" not in capsys.readouterr().out.rsplit("--neighbours", 1)[1]
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_shown(script, capsys):
+    assert start(f"{script.__name__}.py", "--help") == 0 and "--dataset" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("file, flags, name", [
@@ -109,35 +105,20 @@ def test_a_field_without_a_comment_has_a_flag_too_and_the_probes_help_names_no_r
     (bassl, "--framework byol --layers 0", "plain-byol"),
     (npid_distill, "--dim 16", "npid"),
     (aug_study, "", "study-simclr"), (aug_study, "--methods byol", "byol")])
-def test_a_runs_own_folder_is_the_one_that_make_names(file, flags, name, small, tmp_path, monkeypatch):
+def test_a_runs_own_folder_goes_by_its_method(file, flags, name, small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     file.train(parsed(file, *TINY, "--epochs", 1, *flags.split()))
     assert [path.parent.name for path in tmp_path.rglob("backbone.pt")] == [name]
 
 
 def test_the_table_of_data_sets_agrees_with_the_makefile_and_the_recipes():
-    text = (ROOT / "Makefile").read_text()
-    listed = re.search(r"^SETS +:= (.*)$", text, re.M)[1].split()
+    listed = re.search(r"^SETS +:= (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
     assert listed == [name for name in common.DATASETS if name != "folder"]
     for file in FILES:
-        named = {key.split()[1] for key in file.RECIPES if " " in key} & common.DATASETS.keys()
-        assert {"shapes", "tinyimagenet"} <= named <= common.DATASETS.keys()
         for name, known in common.DATASETS.items():
-            small = ["--dataset", name, "--recipe", "small"]
             if known.small:
-                stem = parsed(file, *small).stem
+                stem = parsed(file, "--dataset", name, "--recipe", "small").stem
                 assert common.pick_stem(stem, known.pixels) == known.small
-            else:
-                with pytest.raises(common.UsageError, match="--recipe small is for shapes, cifar10, "):
-                    parsed(file, *small)
-
-
-ALONE = {
-    "bassl": "x = torch.ones(4, 3, 8, 8); nt_xent(*BatchFusion(4, 8)(x).flatten(1).chunk(2), 0.2)",
-    "npid_distill": "b = MemoryBank(9, 4); z = b.rows[:2]; p = z @ b.rows.T; sqrt_kl(p)"
-                    "; b.average(torch.tensor([1, 2]), z)",
-    "aug_study": "vicreg_loss(*torch.randn(2, 4, 3)), nt_xent(*torch.randn(2, 4, 3))",
-}
 
 
 def test_a_function_that_stands_in_several_files_is_the_same_in_all():
@@ -149,11 +130,11 @@ def test_a_function_that_stands_in_several_files_is_the_same_in_all():
     assert all(len(different) == 1 for different in texts.values()), texts
 
 
-@pytest.mark.parametrize("file", ALONE)
-def test_a_file_gives_its_parts_without_torchvision_and_the_other_files(file, tmp_path):
-    shutil.copy(ROOT / f"{file}.py", tmp_path)
-    code = f"import sys, torch; from {file} import *; {ALONE[file]}"
-    run_script("-c", f"{code}; assert not {{'common', 'torchvision'}} & {{*sys.modules}}", cwd=tmp_path)
+@pytest.mark.parametrize("file", FILES)
+def test_a_copied_file_gives_its_parts_without_torchvision_and_the_other_files(file, tmp_path):
+    shutil.copy(file.__file__, tmp_path)
+    code = f"import sys; from {file.__name__} import *; assert 'torchvision' not in sys.modules"
+    run_script("-E", "-c", code, cwd=tmp_path)  # without PYTHONPATH, where the other files are
 
 
 # ------------------------------------------------------------------- what the documents tell a user to type
@@ -185,23 +166,16 @@ def make(*words, cwd=ROOT):
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def listed(tmp_path_factory):
-    """The commands that results/*.sh give to python."""
-    folder = tmp_path_factory.mktemp("stub")
-    stub = folder / "python"
+def test_the_commands_of_make_of_docstrings_and_of_the_tables_are_well_formed(tmp_path):
+    stub, env = tmp_path / "python", {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     stub.write_text("#!/bin/bash\nprintf '%q ' python \"$@\"\necho\n")
     stub.chmod(0o755)
-    path = f"{folder}:{os.environ['PATH']}"
-    return [subprocess.run(["bash", script], env={"PATH": path}, cwd=folder, capture_output=True, text=True,
-                           check=True).stdout for script in sorted((ROOT / "results").glob("*.sh"))]
-
-
-def test_the_commands_of_make_of_docstrings_and_of_the_tables_are_well_formed(listed):
     texts = [make("-n", "cifar10", "PYTHON=python", f"METHODS=bassl npid {' '.join(aug_study.METHODS)}")]
     texts += [script.__doc__ for script in SCRIPTS]
+    texts += [subprocess.run(["bash", script], env=env, cwd=tmp_path, capture_output=True, text=True,
+                             check=True).stdout for script in (ROOT / "results").glob("*.sh")]
     seen = set()
-    for words in [*TYPED, *(words for text in [*texts, *listed] for words in commands(text))]:
+    for words in [*TYPED, *(words for text in texts for words in commands(text))]:
         script, flags = taken_apart(words)
         seen.add(script)
         if script == "linear_probe.py":
@@ -251,12 +225,9 @@ def test_the_readmes_loop_around_a_copied_file_lowers_its_loss_on_one_batch_of_v
     loop = re.search(rf"```python\n((?:(?!```).)*from {file} import.*?)```", README, re.S)[1]
     assert loop.count("= 200, 256") == 1
     loop = loop.replace("= 200, 256", "= 1, 16")
-    told = "import sys; print('common' in sys.modules, *losses)"
-    printed = run_script("-c", f"{PRELUDE}{loop}{told}", cwd=tmp_path)
-    with_common, *losses = printed.splitlines()[-1].split()
-    losses = [float(loss) for loss in losses]
-    assert with_common == "False" and len(losses) == 20
-    assert sum(losses[-5:]) < 0.8 * sum(losses[:5]), losses
+    printed = run_script("-E", "-c", f"{PRELUDE}{loop}print(*losses)", cwd=tmp_path)
+    losses = [float(loss) for loss in printed.splitlines()[-1].split()]
+    assert len(losses) == 20 and sum(losses[-5:]) < 0.8 * sum(losses[:5]), losses
 
 
 def test_the_readmes_ninth_method_trains(small, train, monkeypatch):

@@ -1,8 +1,6 @@
 """Folders of images: photos of any shape, odd files and layouts, the map that they are decoded into."""
 import collections
 import os
-import random
-import re
 import struct
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,17 +14,10 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 import common
 from common import RunError
-from conftest import disk_of, killed, made_tree, same_run
+from conftest import disk_of, killed, made_tree, same_run, saved
 
 GREY = np.linspace(0, 255, 64).round().astype(np.uint8).reshape(8, 8)
 COLOURS = np.stack([GREY, GREY.T, 255 - GREY], 2)                     # (8, 8, 3)
-
-
-def saved(pixels, path, **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
-    image.save(path, **options)
-    return path
 
 
 def load(folder, size=8, dataset="folder", split="train", limit=0):
@@ -60,18 +51,6 @@ def pretrain(small, train):
     return start
 
 
-@pytest.mark.parametrize("width, height", [(300, 200), (200, 300), (240, 240), (400, 160)])
-def test_boxes_of_photos_stay_inside_reach_every_side_and_have_the_asked_ratio(width, height, tmp_path):
-    saved(np.zeros((height, width, 3), np.uint8), tmp_path / "photos" / "0.png")
-    aspect = load(tmp_path / "photos", 64).aspect.expand(2000)
-    u = torch.rand(2000, common.UNIFORMS, generator=common.seeded("photos"))
-    top, left, tall, wide = common.BatchAugment(32).boxes(u, 64, 64, aspect)
-    for begin, length in ((top, tall), (left, wide)):
-        assert begin.min() == 0 and (begin + length).max() == 64
-    ratio, area = (wide * width) / (tall * height), wide * tall / 64**2
-    assert 0.70 < ratio.min() < 0.80 and 1.25 < ratio.max() < 1.42 and 0.18 < area.min() < 0.25
-
-
 @pytest.mark.parametrize("width, height", [(500, 375), (375, 500), (400, 400)])
 def test_the_centre_view_of_a_photo_is_torchvisions_resize_and_crop(width, height, tmp_path):
     noise = (torch.randn(3, n, n, generator=common.seeded("photo", n)) for n in (2, 5, 12, 30, 80))
@@ -85,13 +64,10 @@ def test_the_centre_view_of_a_photo_is_torchvisions_resize_and_crop(width, heigh
     assert error < 4 and (width == height or distorted > 10)          # grey levels
 
 
-def test_views_of_square_images_do_not_change_by_one_bit():
-    x, u = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8), torch.rand(8, common.UNIFORMS)
-    augment, square = common.BatchAugment(32, blur_p=0.5), torch.ones(8)
-    views, as_photos = (augment.augment_with(x, u, [0, 1, 2, 3], aspect) for aspect in (None, square))
-    assert torch.equal(views, as_photos)
-    center = TF.normalize(x[:, :, 4:60, 4:60] / 255, common.MEAN, common.STD)
-    assert torch.equal(common.center_view(x, 56, square), center)
+def test_the_centre_view_of_square_images_is_their_middle_bit_for_bit():
+    x = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8)
+    middle = TF.normalize(x[:, :, 4:60, 4:60] / 255, common.MEAN, common.STD)
+    assert torch.equal(common.center_view(x, 56, torch.ones(8)), middle)
 
 
 def test_images_of_odd_kinds_are_read_as_rgb(tmp_path):
@@ -127,15 +103,11 @@ def test_grey_of_more_than_8_bits_is_stretched_to_its_own_range(values, want, tm
     assert "1 images of more than 8 bits, each stretched to its own range" in capsys.readouterr().out
 
 
-def test_a_thousandth_of_outliers_at_either_end_does_not_set_the_range():
-    values = np.concatenate([np.linspace(100, 200, 9990), [-1e6] * 5, [1e6] * 5])
-    got = common.stretch(values)
+def test_outliers_at_either_end_and_numbers_that_are_not_finite_do_not_set_the_range():
+    odd = [np.nan, -np.inf, np.inf, *[-1e6] * 5, *[1e6] * 5]          # of 10,000 finite ones a thousandth
+    got = common.stretch(np.array([*np.linspace(100, 200, 9990), *odd], np.float32))
     assert abs(int(got[4995]) - 128) <= 2 and got[0] <= 1 and got[9989] >= 254
-
-
-def test_numbers_that_are_not_finite_are_the_ends_and_none_that_is_has_no_picture():
-    values = np.array([np.nan, -np.inf, np.inf, *np.linspace(1, 2, 2000)], np.float32)
-    assert common.stretch(values)[:3].tolist() == [0, 0, 255]
+    assert got[9990:9993].tolist() == [0, 0, 255]
     with pytest.raises(ValueError, match="no finite value"):
         common.stretch(np.full(4, np.nan, np.float32))
 
@@ -168,16 +140,6 @@ def test_a_tiff_that_pillow_misreads_is_named(bits, white, kind, words, tmp_path
         common.decode(str(path), 8)
 
 
-@pytest.mark.parametrize("aspect", [4.0, 8.0, 0.125])
-def test_every_part_of_a_panorama_is_seen(aspect):
-    u = torch.rand(4000, common.UNIFORMS, generator=common.seeded("panorama"))
-    top, left, tall, wide = common.BatchAugment(32).boxes(u, 64, 64, torch.full((4000,), aspect))
-    begin, length = (left, wide) if aspect > 1 else (top, tall)
-    place = torch.arange(64)[:, None] + 0.5
-    seen = ((begin < place) & (place < begin + length)).float().mean(1)                 # (64,)
-    assert seen.min() > 0 and seen[16:-16].max() / seen[16:-16].min() < 1.5
-
-
 def test_imagenet_and_imagenet100_in_it_as_published(tmp_path):
     names = sorted({*common.IMAGENET100, *(f"n9{i:07}" for i in range(100))})
     for split in ("train", "val"):
@@ -206,27 +168,28 @@ def test_tiny_imagenet_as_published_but_for_a_hidden_folder(tmp_path):
     assert val.labels.tolist() == [1, 0, 1] and colours(val) == [0, 50, 100]
 
 
-def test_hidden_files_are_ignored_and_what_lies_deeper_is_found(tmp_path):
-    for name in ("a/deep/er/1.png", "a/.hidden/2.png", "a/.3.png", ".git/4.png", "b/5.PNG", "b/notes.txt"):
+def test_hidden_files_are_ignored_and_what_lies_deeper_is_found_whatever_its_extension(tmp_path):
+    odd = ["1.GIF", "2.jfif", "3.jpe", "4.avif", "5.jp2", "6.JPEG", "7.webp"]
+    for name in ("a/deep/er/1.png", "a/.hidden/2.png", "a/.3.png", ".git/4.png", "b/notes.txt",
+                 *(f"b/{name}" for name in odd)):
         saved(COLOURS, tmp_path / name, format="PNG")
-    files = [(str(tmp_path / "a/deep/er/1.png"), 0), (str(tmp_path / "b/5.PNG"), 1)]
+    files = [(str(tmp_path / "a/deep/er/1.png"), 0), *((str(tmp_path / "b" / name), 1) for name in odd)]
     assert common.list_tree(tmp_path) == (files, ["a", "b"], ["passed over 1 files: 1 .txt"])
 
 
-def tree_of(root, **counts):
-    """So many small images in each of these folders; "Train/a" is written Train__a."""
+def tree_of(root, counts):
+    """So many small images in each of these folders."""
     for folder, count in counts.items():
-        place = root / re.sub("(?<=.)__", "/", folder)  # but __MACOSX
-        place.mkdir(parents=True, exist_ok=True)
+        (root / folder).mkdir(parents=True, exist_ok=True)
         for i in range(count):
-            saved(COLOURS, place / f"{i}.png")
+            saved(COLOURS, root / folder / f"{i}.png")
     return root
 
 
 @pytest.mark.parametrize("train, val", [("Train", "Val"), ("training", "Validation"), ("TRAIN", "valid"),
                                         ("train", "Testing")])
 def test_splits_of_your_own_images_go_by_the_usual_names_in_any_case(train, val, tmp_path, capsys):
-    root = tree_of(tmp_path / "set", **{f"{train}__a": 2, f"{train}__b": 1, f"{val}__a": 1, f"{val}__b": 2})
+    root = tree_of(tmp_path / "set", {f"{train}/a": 2, f"{train}/b": 1, f"{val}/a": 1, f"{val}/b": 2})
     images, test = load(root), load(root, split="test")
     assert images.classes == test.classes == ["a", "b"]
     assert images.labels.tolist() == [0, 0, 1] and test.labels.tolist() == [0, 1, 1]
@@ -234,8 +197,8 @@ def test_splits_of_your_own_images_go_by_the_usual_names_in_any_case(train, val,
 
 
 def test_what_was_taken_and_what_was_not_is_one_line(tmp_path, capsys):
-    root = tree_of(tmp_path / "set", train__bus=2, train__car=1, train__labels=0, train=3, masks=2,
-                   val__bus=1, test__bus=1, __MACOSX__train=1)
+    root = tree_of(tmp_path / "set", {"train/bus": 2, "train/car": 1, "train/labels": 0, "train": 3,
+                                      "masks": 2, "val/bus": 1, "test/bus": 1, "__MACOSX/train": 1})
     for name in ("1.dcm", "2.DCM", "notes.txt"):
         (root / "train" / "car" / name).write_text("")
     assert load(root).classes == ["bus", "car"]  # a folder without images is no class
@@ -245,12 +208,6 @@ def test_what_was_taken_and_what_was_not_is_one_line(tmp_path, capsys):
     load(root, split="test")
     want = f"test: 1 images in 1 classes (bus) below {root}/val; not read: {root}/test, {root}/masks"
     assert want in capsys.readouterr().out.splitlines()
-
-
-def test_every_extension_that_pillow_reads_is_an_image(tmp_path):
-    for name in ("a.GIF", "b.jfif", "c.jpe", "d.avif", "e.jp2", "f.JPEG", "g.webp"):
-        saved(COLOURS, tmp_path / "flat" / name, format="PNG")
-    assert len(load(tmp_path / "flat")) == 7
 
 
 def test_a_file_that_is_replaced_under_its_name_is_decoded_anew_in_the_maps_place(tmp_path, calls):
@@ -282,34 +239,23 @@ def test_limit_and_preview_decode_no_more_than_they_need_and_a_map_is_shared_unt
         pretrain, tmp_path, calls):
     tree = made_tree(tmp_path / "set")
     before = {path: path.stat().st_mtime_ns for path in [tree, *tree.rglob("*")]}
-    assert len(load(tree, limit=10)) == len(calls) == 10
+    few = load(tree, limit=10)
+    assert len(few) == len(calls) == 10 and few.files[0].startswith(("a/", "b/"))
     assert (pretrain("preview", tree, "--preview") / "preview.png").exists()
     assert len(calls) == 10 + 16
     pretrain("preview", tree, "--preview", "--limit", 20)
-    assert len(calls) == 10 + 16 + 20
-    load(tree), load(tree, limit=10), load(tree, limit=40)
-    assert len(calls) == 10 + 16 + 20 + 40
+    whole = load(tree)
+    for limit in (10, 20, 39):
+        images, order = load(tree, limit=limit), torch.randperm(40, generator=common.seeded(0))[:limit]
+        assert torch.equal(images.labels, whole.labels[order])
+        assert colours(images) == [colours(whole)[i] for i in order.tolist()]
+    again = load(tree, limit=10)
+    assert (again.files, colours(again)) == (few.files, colours(few)) and few.files != whole.files[:10]
+    assert len(load(tree, limit=40)) == 40 and len(calls) == 10 + 16 + 20 + 40
     assert before == {path: path.stat().st_mtime_ns for path in [tree, *tree.rglob("*")]}  # as it was
     (tree / "train" / "a" / "000.png").rename(tree / "train" / "b" / "000.png")
     images = load(tree)
     assert colours(images)[19] == 0 and images.labels.tolist() == [0] * 19 + [1] * 21
-
-
-def test_a_limited_map_says_so_and_none_is_made_where_the_whole_one_is_there(tmp_path, calls):
-    tree = made_tree(tmp_path / "set")
-    few = load(tree, limit=10)
-    [name] = [path.name for path in (tmp_path / "cache").glob("*.npy") if "aspect" not in path.name]
-    assert name.startswith("folder-train-8px-first-10-")
-    load(tree)
-    for limit in (10, 20, 39):
-        images = load(tree, limit=limit)
-        order = torch.randperm(40, generator=common.seeded(0))[:limit]
-        assert torch.equal(images.labels, load(tree).labels[order]) and len(images) == limit
-        assert colours(images) == [colours(load(tree))[i] for i in order.tolist()]
-    assert len(calls) == 10 + 40 and len(cached(tree)) == 4
-    few_again = load(tree, limit=10)
-    assert colours(few_again) == colours(few) and few_again.files == few.files != load(tree).files[:10]
-    assert few.files[0].startswith(("a/", "b/"))
 
 
 def test_a_large_jpeg_is_decoded_at_a_part_of_its_pixels_to_nearly_the_same_image(tmp_path, monkeypatch):
@@ -340,7 +286,8 @@ def test_broken_files_are_named_and_left_out_but_not_many_of_a_few_or_all(tmp_pa
     for name in ("a/008.png", "b/009.png", "a/010.png", "b/011.png"):
         (tree / "train" / name).write_bytes(b"")
     assert len(load(tree, 9)) == 195                                  # five, of 1 % two
-    (tree / "train" / "a" / "012.png").write_bytes(b"")
+    (tree / "train" / "a" / "012.png").unlink()
+    (tree / "train" / "a" / "012.png").symlink_to("nowhere.png")      # a broken link
     with pytest.raises(RunError, match="6 of 200 images do not decode, want RGB or grey .*00[789].png"):
         load(tree, 10)
     for path in (tree / "train" / "a").iterdir():
@@ -377,32 +324,7 @@ def test_a_kill_while_decoding_leaves_nothing_that_reads_as_whole(function, nth,
 
 def test_two_runs_at_once_decode_once(tmp_path, monkeypatch, calls):
     tree, decode = made_tree(tmp_path / "set"), common.decode
-    monkeypatch.setattr(common, "decode", lambda *args: time.sleep(0.01) or decode(*args))
+    monkeypatch.setattr(common, "decode", lambda *args: time.sleep(0.1) or decode(*args))
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(load, [tree, tree])
     assert len(calls) == 40 and colours(first) == colours(second) == [*range(0, 40, 2), *range(1, 40, 2)]
-
-
-@pytest.mark.soak
-def test_a_hundred_damaged_trees_are_read_or_refused(tmp_path):
-    draw, ends = random.Random(0), collections.Counter()
-    for n in range(100):
-        tree = made_tree(tmp_path / str(n) / "set", 12)
-        for path in draw.sample(sorted(tree.rglob("*.png")), draw.randint(1, 3)):
-            data = path.read_bytes()
-            path.unlink()
-            draw.choice([
-                lambda: path.write_bytes(data[:draw.randrange(len(data))]),
-                lambda: path.write_bytes(draw.randbytes(draw.randrange(200))),
-                lambda: path.with_suffix(draw.choice([".jpg", ".txt", ""])).write_bytes(data),
-                lambda: path.symlink_to("nowhere.png"),
-                path.mkdir,
-            ])()
-        try:
-            images = load(tree)
-            assert 0 < len(images) <= 12 and images.classes == ["a", "b"]
-            ends["read"] += 1
-        except (common.RunError, common.UsageError) as error:
-            assert str(tree) in str(error) and not cached(tree)
-            ends["refused"] += 1
-    assert min(ends["read"], ends["refused"]) > 10, ends

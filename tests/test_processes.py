@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from PIL import Image
 
 import aug_study
 import bassl
 import common
 import linear_probe
 import npid_distill
-from conftest import METHODS, ROOT, TINY, Small, parsed, read_log, run_script
+from conftest import METHODS, ROOT, TINY, Small, parsed, read_log, run_script, saved
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 # Five steps of one epoch by SGD (AdamW divides rounding noise by its own size where a gradient is 0).
@@ -111,11 +110,9 @@ def test_the_probe_of_two_processes_is_that_of_one_and_they_decode_once(tmp_path
     draw = np.random.default_rng(0)
     for i in range(100):
         folder = tmp_path / "data" / ("train" if i < 60 else "test") / "ab"[i % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        pixels = draw.integers(0, 200 + 40 * (i % 2), (16, 24, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
+        saved(draw.integers(0, 200 + 40 * (i % 2), (16, 24, 3), np.uint8), folder / f"{i}.png")
     probe = (f"--random --dataset folder --data {tmp_path}/data --cache {tmp_path}/cache --size 16 "
-             "--arch resnet10 --epochs 3 --batch 20 --device cpu --out").split()
+             "--arch resnet10 --epochs 3 --batch 20 --device cpu --amp off --out").split()
     printed = run_script(*TORCHRUN, "linear_probe.py", *probe, tmp_path / "two")
     assert printed.count("decoding 60 images") == printed.count("decoding 40 images") == 1
     [two] = map(json.loads, (tmp_path / "two" / "results.jsonl").read_text().splitlines())
@@ -142,6 +139,8 @@ def test_a_stopped_job_saves_and_goes_on(tmp_path):
     assert state["model"]["fusion.convs.0.weight"].shape[:2] == (8, 8)
     printed = run_script(*TORCHRUN, "bassl.py", *flags, "--minutes", "1e-9", fails=True)
     assert f"resumed at step {state['step']}" in printed
+    with pytest.raises(common.UsageError, match="begun by 2 processes, .* does not fit 1"):
+        bassl.train(parsed(bassl, *flags))
 
 
 if __name__ == "__main__":

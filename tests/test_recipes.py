@@ -12,42 +12,34 @@ from conftest import TINY, Small, parsed
 # The flags and what they resolve to. `rate`: the effective one, as the source gives it at this batch.
 CIFAR = dict(arch="resnet18", view=32, batch=512, epochs=200, limit=0, optimizer="sgd", warmup=0)
 LIGHTLY = dict(CIFAR, rate=0.06 * 512 / 128, wd=5e-4)   # lightly's CIFAR-10 benchmark (with Adam for SwAV)
-CHEN_HE = dict(LIGHTLY, rate=0.03 * 512 / 256)  # Chen & He 2021, appendix D; lightly: 0.06, not scaled
 SOLO = dict(arch="resnet18", view=224, batch=256, epochs=400, limit=0, optimizer="lars", rate=0.3, wd=1e-4,
             warmup=10)                                  # solo-learn, scripts/pretrain/imagenet-100
 SGD = dict(SOLO, optimizer="sgd")
-LIGHTLYS_MOCO = dict(LIGHTLY, temperature=0.1, queue=8192, momentum_end=0.99)
-MOCO = dict(SGD, temperature=0.2, queue=65_536, momentum_end=0.999)
-BYOL = dict(SOLO, rate=0.5, wd=1e-6, momentum_end=1)
 NPID = dict(CIFAR, rate=1.0, wd=1e-4, tau=0.2, bank_momentum=0.5, lambda_kl=20, power=0.5, negatives=10_000,
             dim=2048, cutmix=0.5)                       # official run.sh
 IMAGENET = dict(NPID, view=224)                         # ours: no ImageNet run is in the official code
-TAU = dict(temperature=0.2)                             # solo-learn's, on CIFAR too; lightly: 0.5
+BOTH = {  # of aug_study.py, and of bassl.py where it has the method
+    "cifar simclr": dict(LIGHTLY, temperature=0.2),         # solo-learn's, on CIFAR too; lightly: 0.5
+    "cifar moco": dict(LIGHTLY, temperature=0.1, queue=8192, momentum_end=0.99),
+    "cifar byol": dict(LIGHTLY, momentum_end=1),
+    "cifar simsiam": dict(LIGHTLY, rate=0.03 * 512 / 256),  # Chen & He 2021, D; lightly: 0.06, not scaled
+    "cifar vicreg": dict(SOLO, view=32, epochs=200, batch=512, rate=0.6),
+    **{f"cifar {name}": LIGHTLY for name in ("barlow", "dino", "swav")},  # SwAV's rate is ours
+    "imagenet simclr": dict(SOLO, temperature=0.2),
+    "imagenet moco": dict(SGD, temperature=0.2, queue=65_536, momentum_end=0.999),
+    "imagenet byol": dict(SOLO, rate=0.5, wd=1e-6, momentum_end=1),
+    "imagenet simsiam": dict(SGD, rate=0.5, wd=1e-5),
+    **{f"imagenet {name}": SOLO for name in ("barlow", "vicreg")},
+    "imagenet swav": dict(SOLO, rate=0.6, wd=1e-6),
+    "imagenet dino": dict(SOLO, wd=1e-6),
+}
 PUBLISHED = {
-    "bassl --recipe cifar": LIGHTLY | TAU,
-    "bassl --recipe cifar --framework moco": dict(LIGHTLYS_MOCO, momentum=0.99),
-    "bassl --recipe cifar --framework byol": dict(LIGHTLY, momentum=0.99, momentum_end=1),
-    "bassl --recipe cifar --framework simsiam": CHEN_HE,
-    "bassl --recipe imagenet": SOLO | TAU,
-    "bassl --recipe imagenet --framework moco": dict(MOCO, momentum=0.99),
-    "bassl --recipe imagenet --framework byol": dict(BYOL, momentum=0.99),
-    "bassl --recipe imagenet --framework simsiam": dict(SGD, rate=0.5, wd=1e-5),
     "npid_distill --recipe cifar": NPID,
     "npid_distill --recipe imagenet": IMAGENET,
     "npid_distill --recipe imagenet --dataset imagenet1k": dict(IMAGENET, dim=128),  # Wu et al. 2018
-    "aug_study --recipe cifar": LIGHTLY | TAU,
-    "aug_study --recipe cifar --methods moco": LIGHTLYS_MOCO,
-    "aug_study --recipe cifar --methods simsiam": CHEN_HE,
-    **{f"aug_study --recipe cifar --methods {m}": LIGHTLY for m in ("byol", "barlow", "dino")},
-    "aug_study --recipe cifar --methods vicreg": dict(SOLO, view=32, epochs=200, batch=512, rate=0.6),
-    "aug_study --recipe cifar --methods swav": LIGHTLY,  # the rate is ours
-    "aug_study --recipe imagenet": SOLO | TAU,
-    "aug_study --recipe imagenet --methods moco": MOCO,
-    "aug_study --recipe imagenet --methods byol": BYOL,
-    "aug_study --recipe imagenet --methods simsiam": dict(SGD, rate=0.5, wd=1e-5),
-    **{f"aug_study --recipe imagenet --methods {m}": SOLO for m in ("barlow", "vicreg")},
-    "aug_study --recipe imagenet --methods swav": dict(SOLO, rate=0.6, wd=1e-6),
-    "aug_study --recipe imagenet --methods dino": dict(SOLO, wd=1e-6),
+    **{f"aug_study --recipe {' --methods '.join(key.split())}": values for key, values in BOTH.items()},
+    **{f"bassl --recipe {' --framework '.join(key.split())} --optimizer {values['optimizer']}":
+       dict(values, momentum=0.99) for key, values in BOTH.items() if key.split()[1] in bassl.FRAMEWORKS},
 }
 
 
@@ -76,13 +68,6 @@ def test_auto_takes_the_small_recipe_on_a_cpu_and_for_shapes_and_else_goes_by_th
         for name in ("cifar10", "cifar100", "tinyimagenet"):
             assert recipe(name) == ("cifar" if fast else "small")
         assert {recipe(name) for name in ("imagenet100", "imagenet1k", "folder")} == {"imagenet"}
-
-
-def test_an_optimizer_that_is_not_the_recipes_wants_a_rate_of_its_own():
-    with pytest.raises(common.UsageError, match="--optimizer adamw: give --lr too"):
-        resolved("bassl --dataset cifar10 --optimizer adamw")
-    assert resolved("bassl --dataset cifar10 --optimizer sgd")["lr"] == 0.12
-    assert resolved("npid_distill --dataset cifar10 --optimizer adamw --lr 0.002")["lr"] == 0.002
 
 
 @pytest.mark.parametrize("warmup, steps", [(0, 0), (0.05, 1), (0.1, 2), (10, 2)])

@@ -128,69 +128,34 @@ def test_a_folder_of_another_run_is_refused_by_naming_what_differs(train):
         (out / "checkpoint.pt").unlink(missing_ok=True)  # then the log alone says whose folder it is
 
 
-def change_checkpoint(out, change):
-    """Lets change(state) alter the checkpoint of a folder."""
-    state = torch.load(out / "checkpoint.pt", weights_only=True)
-    change(state)
-    torch.save(state, out / "checkpoint.pt")
-
-
 def test_a_flag_that_a_checkpoint_does_not_know_counts_as_its_default(train):
     """One that the scripts know no more is left alone where it was off."""
     out = train("out")
-    change_checkpoint(out, lambda state: [state["config"].pop(name) for name in ("fuse", "wd")])
-    change_checkpoint(out, lambda state: state["config"].update(effects=""))
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    del state["config"]["fuse"], state["config"]["wd"]
+    state["config"]["effects"] = ""
+    torch.save(state, out / "checkpoint.pt")
     train("out")
     for flag, value in (("fuse", "plain"), ("wd", "0.3")):
         with pytest.raises(common.UsageError, match=f": {flag} .*, not .?{value}"):
             train("out", f"--{flag}", value)
 
 
-def test_a_resume_by_other_processes_names_them_where_a_part_of_a_batch_does_not_fit(train):
-    def halve(state):
-        state["log"][0] = state["log"][0].replace('"processes": 1', '"processes": 2')
-        state["model"]["fusion.convs.0.weight"] = torch.zeros(8, 8, 1, 1)
-
-    change_checkpoint(train("out"), halve)
-    with pytest.raises(common.UsageError, match="begun by 2 processes, .* does not fit 1"):
-        train("out")
-
-
-def test_a_run_that_goes_on_elsewhere_says_so_and_torch_draws_the_same_numbers(train, monkeypatch):
-    def draws(name, device, until=6):
-        """What torch's own generator gives the steps of a run on this device, as it would a dropout."""
-        drawn, optimise = [], common.Run.optimise
-
-        def noting(run, loss):
-            if run.step == until:
-                dies()
-            drawn.append(torch.rand(1).item())
-            optimise(run, loss)
-        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-            patch.setattr(common.Run, "optimise", noting)
-            patch.setattr(common, "device_name", lambda _: device)
-            train(name, *EVERY)
-        return drawn
-
-    whole = draws("whole", "one")
-    assert draws("parts", "one", 2) + draws("parts", "one", 3) + draws("parts", "two") == whole
-    assert len({*whole}) == 6 and "rng" not in torch.load(train("parts") / "checkpoint.pt", weights_only=True)
-    log = common.read_log(train("parts") / "log.jsonl")
-    elsewhere = [line for line in log if "resumed" in line]
-    assert elsewhere[0] == {"resumed": 3, "device": "two", "precision": "float32", "processes": 1}
-
-
-def test_other_images_under_the_same_flags_are_refused_by_what_changed(train, tmp_path):
-    tree = made_tree(tmp_path / "set", count=8)
-    flags = "--dataset folder --recipe cifar --batch 4 --limit 0 --cache".split()
-    flags += [tmp_path / "cache", "--data", tree]
-    train("out", *flags)
-    (tree / "train" / "a" / "000.png").rename(tree / "train" / "a" / "renamed.png")
-    with pytest.raises(common.UsageError, match=": file names "):
-        train("out", *flags)
-    (tree / "train" / "a" / "renamed.png").unlink()
-    with pytest.raises(common.UsageError, match=r": file names .*, images \(8, not 7\)"):
-        train("out", *flags)
+def test_a_run_that_goes_on_elsewhere_says_so_and_torch_draws_the_same_numbers(train, tmp_path, monkeypatch):
+    """What torch's own generator gives the steps, as it would a dropout."""
+    drawn, optimise = [], common.Run.optimise
+    monkeypatch.setattr(common.Run, "optimise",
+                        lambda run, loss: drawn.append(torch.rand(1).item()) or optimise(run, loss))
+    monkeypatch.setattr(common, "device_name", lambda _: "one")
+    train("whole", *EVERY)
+    for step, device in ((2, "one"), (3, "one"), (6, "two")):  # the step at which it dies; the last ends
+        monkeypatch.setattr(common, "device_name", lambda _, device=device: device)
+        with at_step(step, dies), contextlib.suppress(KeyboardInterrupt):
+            train("parts", *EVERY)
+    assert drawn[6:] == drawn[:6] and len({*drawn}) == 6
+    log = common.read_log(tmp_path / "parts" / "log.jsonl")
+    assert [line for line in log if "resumed" in line] == [
+        {"resumed": 3, "device": "two", "precision": "float32", "processes": 1}]
 
 
 def test_a_backbone_is_there_from_the_first_save_on_and_written_again_where_nothing_is_left(train, tmp_path):
@@ -226,12 +191,19 @@ def test_an_error_while_a_file_takes_its_place_says_what_stands_there(call, word
     assert path.read_bytes() == (b"new" if "new file" in words else b"old")
 
 
-def test_another_folder_is_another_run_but_another_place_of_the_same_set_is_not(train, tmp_path):
-    a, b = (made_tree(tmp_path / name, count=4) for name in "ab")
-    flags = f"--dataset folder --recipe cifar --batch 4 --cache {tmp_path}/cache --data".split()
+def test_another_folder_or_other_images_are_refused_but_not_another_place_of_the_same_set(train, tmp_path):
+    a, b = (made_tree(tmp_path / name, count=8) for name in "ab")
+    flags = f"--dataset folder --recipe cifar --batch 4 --limit 0 --cache {tmp_path}/cache --data".split()
     train("out", *flags, a)
     with pytest.raises(common.UsageError, match="data .*a', not .*b'"):
         train("out", *flags, b)
+    first = a / "train" / "a" / "000.png"
+    renamed = first.rename(first.with_name("renamed.png"))
+    with pytest.raises(common.UsageError, match=": file names "):
+        train("out", *flags, a)
+    renamed.unlink()
+    with pytest.raises(common.UsageError, match=r": file names .*, images \(8, not 7\)"):
+        train("out", *flags, a)
     train("shapes"), train("shapes", "--data", b)
 
 

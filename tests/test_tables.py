@@ -1,18 +1,15 @@
 """Rows to tables: paired effects by hand, seeds, the control, published numbers, the committed page."""
-import dataclasses
 import json
 import math
 import shutil
 import statistics
 import subprocess
-import sys
 
 import pytest
 
+import tables
 from conftest import ROOT
 
-sys.path.append(str(ROOT / "results"))
-import tables  # noqa: E402
 
 
 def row(**other):
@@ -112,13 +109,6 @@ def test_no_effect_is_made_of_runs_of_other_settings(change):
     assert tables.effects([study_row(0, 60), study_row(0, 20, method="moco", **change)]) == []
 
 
-def test_a_switched_run_is_the_cell_that_a_method_is_of_itself():
-    own = study_row(0, 1, method="byol")["config"]
-    assert tables.cell_of(own) == tables.cell_of(own | {"augs": "byol", "momentum": "on"})
-    off = tables.cell_of(own | {"momentum": "off"})
-    assert off == dataclasses.replace(tables.cell_of(own), momentum="off") != tables.cell_of(own)
-
-
 def test_the_effects_of_a_file_of_rows_are_a_table_and_of_another_file_an_error(tmp_path, capsys):
     study = tmp_path / "study.jsonl"
     rows = [study_row(seed, value, augs=augs) for augs, seed, value in
@@ -136,7 +126,6 @@ def test_the_effects_of_a_file_of_rows_are_a_table_and_of_another_file_an_error(
         assert end.value.code == 2 and "study.jsonl" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not (ROOT / "results" / "README.md").exists(), reason="there is no results/README.md")
 def test_the_committed_page_of_results_is_what_its_rows_say(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "results", tmp_path / "results")
     monkeypatch.setattr(tables, "HERE", tmp_path / "results")
