@@ -412,6 +412,8 @@ def load_images(dataset: str, data: str, split: str, size: int, cache: str = "ca
         place, files, classes = list_images(dataset, root, split)
         store = pathlib.Path(cache).expanduser() / f"{dataset}-{split}-{stored}px"
         return decoded(place, files, classes, stored, store, workers, limit)
+    where = "drawn, no file is read" if dataset == "shapes" else f"below {root}"
+    say(f"{split}: {len(images)} images of {dataset}, {where}")
     if limit and limit < len(images):
         images = images.subset(torch.randperm(len(images), generator=seeded(0))[:limit])
     return images
@@ -458,8 +460,10 @@ def list_images(dataset: str, root: pathlib.Path, split: str) -> tuple[pathlib.P
     names, own = SPLITS[split], dataset == "folder"  # your own may have these names in any case
     if not own:
         names = [split] if split == "train" or dataset.startswith("cifar") else ["val", "test"]
-    places = []
-    for folder in dict.fromkeys((root / DATASETS[dataset].folder, root)):
+    if not root.is_dir():
+        raise UsageError(f"--data {root}: no such folder")
+    places, roots = [], list(dict.fromkeys((root / DATASETS[dataset].folder, root)))
+    for folder in roots:
         below = {path.name.lower() if own else path.name: path for path in folders_in(folder)}
         places += [below[name] for name in names if name in below]
     unread = places[1:]
@@ -470,7 +474,7 @@ def list_images(dataset: str, root: pathlib.Path, split: str) -> tuple[pathlib.P
         places = [root]
     if not places:
         raise UsageError(f"no {split} images for {dataset}: no folder {' or '.join(names)} in "
-                         f"{root / DATASETS[dataset].folder} or {root}; see --data")
+                         f"{' or '.join(map(str, roots))}; see --data")
     place = places[0]
     if (place / "val_annotations.txt").is_file():
         files, classes, note = list_tiny_imagenet_val(place)
@@ -575,8 +579,8 @@ def decoded(place: pathlib.Path, files: Files, classes: list[str], size: int, pa
     """The files as pixels, mapped from path-<digest>.npy, which is made once and shared by all runs; limit:
     the first of a fixed shuffle, out of the whole set's map where that is there.
 
-    Beside it a file of aspects, 0 = does not decode. The digest is of the files' names; a map that is older
-    than its newest file is made again.
+    Beside it a file of aspects, 0 = does not decode, negative = of more than 8 bits. The digest is of the
+    files' names; a map that is older than its newest file is made again.
     """
     order = torch.arange(len(files))
     store = path.with_name(f"{path.name}-{digest_of(dict(files))}.npy")
@@ -597,12 +601,16 @@ def decoded(place: pathlib.Path, files: Files, classes: list[str], size: int, pa
     try:
         pixels = torch.from_numpy(np.load(store, mmap_mode="c"))                    # (N, 3, size, size)
         aspect = torch.from_numpy(np.load(store.with_suffix(".aspect.npy")))        # (N,)
-        decodes = aspect[order] > 0
+        decodes, deep = aspect[order] != 0, (aspect[order] < 0).sum().item()
     except (OSError, ValueError, IndexError) as error:
         raise RunError(f"{store} is not as it was written ({error}); remove it") from None
+    if deep:
+        say(f"{deep} images of more than 8 bits, each stretched to its own range")
+    if not decodes.all():
+        say(f"left out {(~decodes).sum()} of {len(chosen)} images that do not decode")
     rows, labels = order[decodes], torch.tensor([label for _, label in chosen])[decodes]
     names = [chosen[i][0].removeprefix(f"{place}{os.sep}") for i in decodes.nonzero()[:, 0].tolist()]
-    return ImageSet(pixels, labels, classes, rows, aspect[rows], names)
+    return ImageSet(pixels, labels, classes, rows, aspect[rows].abs(), names)
 
 
 def modified(file: str | pathlib.Path) -> float:
@@ -623,7 +631,7 @@ def write_map(files: list[str], size: int, store: pathlib.Path, workers: int) ->
     does, RunError, nothing written."""
     shape = len(files), 3, size, size
     total = math.prod(shape) / 1e9
-    aspects, bad, deep, began = [], [], 0, time.monotonic()
+    aspects, bad, began = [], [], time.monotonic()
 
     def read(path: str) -> tuple[np.ndarray, float, bool]:
         try:
@@ -637,14 +645,14 @@ def write_map(files: list[str], size: int, store: pathlib.Path, workers: int) ->
         if total > free:
             raise RunError(f"{len(files)} decoded images take {total:.2f} GB, and {store.parent} has "
                            f"{free:.2f} GB left; --cache DIR may be on another disk, --limit N takes fewer")
-        print(f"decoding {len(files)} images once into {total:.2f} GB: {store}", flush=True)
+        why = "anew, as files are newer," if store.exists() else "once"
+        print(f"decoding {len(files)} images {why} into {total:.2f} GB: {store}", flush=True)
         # Written, not mapped: on a full disk a write is an error with a name, a mapped page's touch SIGBUS.
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
         for first in range(0, len(files), 1000):
             for pixels, aspect, stretched in pool.map(read, files[first:first + 1000]):
                 file.write(pixels)
-                aspects.append(aspect)
-                deep += stretched
+                aspects.append(-aspect if stretched else aspect)
             done, rate = len(aspects), len(aspects) / (time.monotonic() - began)
             left = timedelta(seconds=round((len(files) - done) / rate))
             show = say if done % 20_000 == 0 or done == len(files) else live
@@ -654,10 +662,8 @@ def write_map(files: list[str], size: int, store: pathlib.Path, workers: int) ->
                                f"Pillow reads: {'; '.join(bad[:20])}")
         with replacing(store.with_suffix(".aspect.npy")) as beside:  # the pixels take their name after it
             np.save(beside, np.array(aspects, np.float32))
-    if deep:
-        print(f"{deep} images of more than 8 bits, each stretched to its own range")
     if bad:
-        print(f"left out {len(bad)} of {len(files)} images, not decodable: {'; '.join(bad)}", file=sys.stderr)
+        print(f"not decodable, {len(bad)} of {len(files)} images: {'; '.join(bad)}", file=sys.stderr)
 
 
 # Tian et al. 2020, "Contrastive Multiview Coding", imagenet100.txt of the official code
@@ -1137,7 +1143,9 @@ def read_checkpoint(path: pathlib.Path, verify: bool = True) -> dict:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # zipfile and torch raise many kinds for damaged bytes
         foreign = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it holds a {foreign[1]}" if foreign else str(error) or type(error).__name__
+        reason = str(error) or type(error).__name__
+        if foreign:
+            reason = f"it holds a {foreign[1]}; want a state dict, of tensors alone"
         reason = reason.splitlines()[0]
         raise RunError(f"{path} is damaged, or no checkpoint that can be read safely: {reason}") from None
 
@@ -1209,7 +1217,8 @@ class Run:
         if cfg.preview:  # of few images too
             cfg.batch = min(cfg.batch, len(images))
         if len(images) < cfg.batch:
-            raise UsageError(f"--batch {cfg.batch} is larger than the {len(images)} training images")
+            raise UsageError(f"--batch {cfg.batch} is larger than the {len(images)} training images; give a "
+                             "smaller one")
         if cfg.batch % world():
             raise UsageError(f"--batch {cfg.batch} is over all processes, and {world()} do not divide it")
         self.batch = cfg.batch // world()  # of this process
@@ -1323,7 +1332,8 @@ class Run:
         theirs |= {"images": other.get("images"), "file names": other.get("names", ours["file names"])}
         names = [n for n in sorted({*ours, *theirs} - free) if ours.get(n) != theirs.get(n)]
         if names:
-            keys = ", ".join(f"{n} ({theirs.get(n)!r}, not {ours.get(n)!r})" for n in names)
+            values = {n: f" ({theirs.get(n)!r}, not {ours.get(n)!r})" for n in names if n != "file names"}
+            keys = ", ".join(f"{n}{values.get(n, '')}" for n in names)
             more = f", and --weights {self.out}/backbone.pt to begin there" if names == ["epochs"] else ""
             raise UsageError(f"{self.out} is of another configuration: {keys}; choose another --out{more}")
 

@@ -278,6 +278,8 @@ def run_facts(backbone: str, lines: list[dict]) -> dict:
 def fill_in(cfg: Config, lines: list[dict]) -> None:
     """Every field that was not given: what the log beside the backbone says, or the default."""
     trained = lines[0]["config"] if lines else {}
+    if cfg.data and not cfg.dataset and not trained:
+        raise UsageError(f"--data {cfg.data}: give --dataset too, as --dataset folder")
     cfg.dataset = cfg.dataset or trained.get("dataset", "shapes")
     same = cfg.dataset == trained.get("dataset")
     cfg.data = cfg.data or (trained["data"] if same else "data")
@@ -362,9 +364,9 @@ def draw_neighbours(path: str, train: ImageSet, test: ImageSet, train_x: Tensor,
 
 
 def write_features(cfg: Config, encoder: nn.Module, device: torch.device) -> None:
-    """An .npz of {train,test}_features (N, dim) float32, _labels (N,), -1 without classes, _files (N,), names
-    below the split's folder, and classes; no test_* where there is no test split."""
-    arrays = {}
+    """An .npz of {train,test}_features (N, dim) float32, _labels (N,), places in classes or -1 without any,
+    _files (N,), names below the split's folder, and classes of both; no test_* without a test split."""
+    arrays, classes = {}, []
     for split in ("train", "test"):
         try:
             images = common.load_images(cfg.dataset, cfg.data, split, cfg.size, cfg.cache, cfg.workers)
@@ -373,9 +375,12 @@ def write_features(cfg: Config, encoder: nn.Module, device: torch.device) -> Non
                 raise
             common.say(f"no test_*: {error}")
             continue
+        classes += [name for name in images.classes if name not in classes]
+        place = np.array([*map(classes.index, images.classes), -1])  # of each label, the last one of -1
         x, labels = features(encoder, images.to(device), cfg.size, device)
-        arrays |= {f"{split}_features": x.cpu().numpy(), f"{split}_labels": labels.cpu().numpy(),
-                   f"{split}_files": np.array(images.files), "classes": np.array(images.classes)}
+        arrays |= {f"{split}_features": x.cpu().numpy(), f"{split}_labels": place[labels.cpu().numpy()],
+                   f"{split}_files": np.array(images.files)}
+    arrays["classes"] = np.array(classes)
     file = pathlib.Path(cfg.features).expanduser()
     file.parent.mkdir(parents=True, exist_ok=True)
     with common.replacing(file) as out:
@@ -417,6 +422,7 @@ def probe(cfg: Config) -> dict | None:
         return write_features(cfg, encoder, device)
     digest, precision = fingerprint(encoder), str(dtype).removeprefix("torch.")
 
+    train, test = load_splits(cfg)
     beside = f"runs/{cfg.dataset}/random" if cfg.random else pathlib.Path(cfg.backbone).parent
     results = pathlib.Path(cfg.out or beside).expanduser() / "results.jsonl"
     rows = read_rows(results)
@@ -426,18 +432,20 @@ def probe(cfg: Config) -> dict | None:
     key = {"dataset": cfg.dataset, "backbone": digest[:16], "split": cfg.split, "fraction": cfg.fraction,
            "probe_seed": cfg.seed, "size": cfg.size, "probe_lr": cfg.lr, "probe_batch": cfg.batch,
            "probe_data": cfg.data if cfg.dataset == "folder" else "", "probe_precision": precision}
+    names = common.digest_of([*train.files, *test.files])
     absent = key | {"probe_precision": "float32"}  # what a field counts as that an older row has not
     same = [row for row in rows if all(row.get(name, absent[name]) == value for name, value in key.items())]
     if cfg.epochs:  # a row has one SGD probe: those of other lengths are other rows
         same = [row for row in same if row.get("linear_epochs", 0) in (0, cfg.epochs)]
-    complete = [row for row in same if requested <= row.keys()]
+    of_these = [row for row in same if row.get("probe_names", names) == names]  # and not of other images
+    complete = [row for row in of_these if requested <= row.keys()]
     if complete and not cfg.neighbours:
         common.say(f"nothing left to do: {results} has this probe's row")
         return complete[0]
     replaced = same if cfg.epochs else same[:1]
 
-    train, test = (images.to(device) for images in load_splits(cfg))
     began = time.monotonic()
+    train, test = train.to(device), test.to(device)
     train_x, train_y = features(encoder, train, cfg.size, device)
     test_x, test_y = features(encoder, test, cfg.size, device)
     if not (train_x.isfinite().all() and test_x.isfinite().all()):
@@ -445,7 +453,8 @@ def probe(cfg: Config) -> dict | None:
     if cfg.neighbours:
         return draw_neighbours(cfg.neighbours, train, test, train_x, test_x)
     made = common.origin()
-    row = {**key, "linear_epochs": cfg.epochs, "seed": cfg.seed,
+    row = {**key, "probe_names": names, "probe_images": len(train), "test_images": len(test),
+           "linear_epochs": cfg.epochs, "seed": cfg.seed,
            "method": "random" if cfg.random else pathlib.Path(cfg.backbone).stem,
            "variant": "untrained" if cfg.random else "",
            "device": common.device_name(device), "precision": "float32", **made, "probe_sha": made["sha"],
@@ -453,7 +462,7 @@ def probe(cfg: Config) -> dict | None:
     kept = {*METRICS} - requested  # what an earlier call found and this one does not make anew
     if not cfg.epochs:
         kept.add("linear_epochs")
-    for old in replaced:
+    for old in [old for old in replaced if old in of_these]:
         row |= {name: value for name, value in old.items() if name in kept}
 
     def add(metric: str, value: float) -> None:
@@ -476,7 +485,8 @@ def probe(cfg: Config) -> dict | None:
     if cfg.epochs:
         add("linear_top1", sgd_probe(encoder, train, test, cfg, device))
     shown = ", ".join(f"{name} {row[name]:.2f}" for name in METRICS if name in row)
-    common.say(f"{row['method']} {row['variant']} on {cfg.dataset}: {shown} -> {results}")
+    common.say(f"{row['method']} {row['variant']} on {cfg.dataset}, fitted on {len(train)} images, tested on "
+               f"{len(test)}: {shown} -> {results}")
     return row
 
 

@@ -48,7 +48,7 @@ def start(script, *flags):
     ("bassl.py", "--size 4", "want 8 or more"),
     ("bassl.py", "--batch 64", "--batch 64 is larger than the 48"),
     ("bassl.py", "--device cuda:77", "--device cuda:77: "),
-    ("bassl.py", "--dataset imagenet1k --data nowhere", "no folder .*nowhere.*--data"),
+    ("bassl.py", "--dataset imagenet1k --data nowhere", "--data .*nowhere: no such folder"),
     ("bassl.py", "--patch 5", "patch 5 .*16"),
     ("bassl.py", "--dataset imagenet100 --recipe small", "--recipe small is for"),
     ("npid_distill.py", "--tau 0", "--tau 0.*above 0"),

@@ -200,6 +200,14 @@ def test_embeddings_of_a_folder_are_arrays_with_the_files_names_and_no_row(
         assert arrays[f"{split}_labels"].tolist() == labels
         assert arrays[f"{split}_features"].shape == (len(names), 512)
     assert not backbone.with_name("results.jsonl").exists()
+    if len(splits) == 2:                                             # other classes in the test split
+        (root / "test" / "a").rename(root / "test" / "z")
+        probe("--backbone", backbone, *where, "--features", tmp_path / "f.npz")
+        arrays = np.load(tmp_path / "f.npz")
+        assert arrays["classes"].tolist() == ["a", "b", "z"]
+        assert arrays["test_labels"].tolist() == [1, 1, 1, 2, 2, 2] and arrays["train_labels"].max() == 1
+    with pytest.raises(UsageError, match="give --dataset too"):
+        probe("--backbone", shutil.copy(backbone, tmp_path / "b.pt"), "--data", root)
 
 
 def test_a_network_with_the_cifar_stem_is_probed_at_the_size_it_was_trained_for():
@@ -237,7 +245,7 @@ def test_a_backbone_is_a_whole_command_and_a_second_call_does_nothing(backbone, 
     assert all(0 <= row[name] <= 100 for name in ("knn_top1", "knn20_top1", "probe_top1"))
     head = subprocess.check_output(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, text=True).strip()
     assert row["sha"].removesuffix("-dirty") == row["probe_sha"].removesuffix("-dirty") == head
-    monkeypatch.setattr(linear_probe, "load_splits", None)
+    monkeypatch.setattr(linear_probe, "features", None)
     assert probe("--backbone", backbone) == row and "nothing left to do" in capsys.readouterr().out
 
 
@@ -343,7 +351,11 @@ def test_test_labels_go_by_the_training_sets_names_and_a_missing_split_says_what
         probe_folder()
     shutil.copytree(root / "train" / "c", root / "test" / "c")       # "c" is the first name here, not there
     (root / "test" / "a").mkdir()                                    # and this one holds no images
-    assert probe_folder()["knn20_top1"] == 100
+    row = probe_folder()
+    assert row["knn20_top1"] == 100 and (row["probe_images"], row["test_images"]) == (18, 6)
+    shutil.copytree(root / "test" / "c", root / "test" / "b")        # the same flags, other images
+    assert probe_folder()["test_images"] == 12 and len(rows_of(tmp_path)) == 1
+    shutil.rmtree(root / "test" / "b")
     shutil.copytree(root / "train" / "c", root / "test" / "d")
     with pytest.raises(UsageError, match=r"training images have not: \['d'\]"):
         probe_folder("--seed", 1)
