@@ -246,9 +246,11 @@ def make_augments(aug: str, size: int, view: int) -> tuple[nn.Module, nn.Module,
     """The first global, the second global and the local views of an augmentation, as modules."""
     from common import BatchAugment
 
-    row, still = AUGMENTATIONS[aug], dict(blur_p=0.0) if size <= SHARP else {}
-    return (BatchAugment(view, **row.first | still), BatchAugment(view, **row.second | still),
-            BatchAugment(local_size(view), **row.local | still))
+    row, no_blur = AUGMENTATIONS[aug], {}
+    if size <= SHARP:
+        no_blur = dict(blur_p=0.0)
+    return (BatchAugment(view, **row.first | no_blur), BatchAugment(view, **row.second | no_blur),
+            BatchAugment(local_size(view), **row.local | no_blur))
 
 
 # ---------------------------------------------------------------------------------------------- template

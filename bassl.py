@@ -2,7 +2,7 @@
 (arXiv 2311.09974).
 
     python bassl.py --dataset cifar10              # CPU: the small recipe; GPU: ResNet-18 for 200 epochs
-    python bassl.py --dataset cifar10 --layers 0 --out runs/cifar10/simclr    # the plain framework
+    python bassl.py --dataset cifar10 --layers 0   # the plain framework, SimCLR
     python bassl.py --dataset imagenet100 --batch 256 --data DIR
     python bassl.py --fuse plain --unpaired --gate 3 --out runs/control       # does an open gate cheat?
 
@@ -112,7 +112,7 @@ class BatchFusion(nn.Module):
     """Lets the images of a batch exchange information: partition, `layers` gated convolutions, restore.
 
     batch and image_size are fixed: the convolution has one channel per position in the batch. patch must
-    divide image_size, kernel be odd; ValueError otherwise, naming both numbers. With gates at 0, where they
+    divide image_size, kernel be odd; ValueError otherwise. With gates at 0, where they
     start, the module is the identity.
     """
 
@@ -121,7 +121,7 @@ class BatchFusion(nn.Module):
         if patch < 1 or image_size % patch:
             raise ValueError(f"patch {patch} does not divide the image's {image_size} pixels")
         if kernel % 2 == 0:
-            raise ValueError(f"kernel {kernel} is even: the output would not have {image_size} pixels")
+            raise ValueError(f"kernel {kernel} is even; want an odd one")
         self.batch, self.image_size, self.patch = batch, image_size, patch
         convs = [nn.Conv2d(batch, batch, kernel, padding=kernel // 2, bias=False) for _ in range(layers)]
         self.convs = nn.ModuleList(convs)

@@ -69,7 +69,7 @@ class DataSet(NamedTuple):
 
     pixels: int                      # of a whole image, as networks see it
     images: int                      # training images; 0 = as many as there are
-    small: str                       # stem of its small recipe, empty = it has none
+    small: str                       # stem of its small recipe (in RECIPES), for probes; empty = it has none
     folder: str                      # below --data, where it may lie: DIR/<folder>/{train,val,test}/<class>/
 
 
@@ -107,7 +107,7 @@ class RunConfig:
     warmup: float | None = None      # epochs of linear warm-up before the cosine; at most a tenth of the run
     limit: int | None = None         # train on the first N images of a fixed shuffle; 0 = all
     seed: int = 0                    # of weights, order, views; repeats a run, on CUDA with --deterministic
-    out: str = ""                    # folder of this run; empty = runs/<dataset>/<method>
+    out: str = ""                    # folder of this run; empty = runs/<dataset>/<method>, as make names it
     cache: str = "cache"             # folder that keeps decoded images for later runs
     workers: int = 0                 # threads that decode images, once per set; 0 = one a core
     device: str = "auto"             # auto = the accelerator that torch finds, else cpu; or cuda:1, mps
@@ -121,7 +121,7 @@ class RunConfig:
     preview: bool = False            # write OUT/preview.png, a grid of training views, and stop
 
 
-# May differ between a checkpoint and the run that resumes it: they change no number of the run or its log.
+# May differ between a checkpoint and the run that resumes it. Another device is noted in the log.
 FREE_FIELDS = {"data", "out", "workers", "cache", "device", "save_every", "minutes", "preview"}
 ALIASES = {"batch": ["-b", "--batch-size"], "data": ["--data-dir"]}
 
@@ -1174,8 +1174,11 @@ def seeded(*key: int | str, device: torch.device | str = "cpu") -> torch.Generat
 class Run:
     """One pretraining run: its data, device, precision, schedule, log and checkpoint. A training loop reads
 
-        run = Run(cfg, "method", "variant"); ...build the modules...; run.start(model, encoder)
+        run = Run(cfg, "method", "variant")
+        encoder = run.new_encoder(); ...build the model around it...; run.start(model, encoder)
         for images, aspect, index in run.batches():     # uint8 (B, 3, H, H), (B,), positions (B,)
+            views = augment(images, run.generator(), aspect)
+            if cfg.preview: return save_grid(run.out / "preview.png", views, 8)
             with run.autocast(): loss = ...
             run.optimise(loss)                          # backward, sum over processes, optimizer
             run.log(loss=loss)
@@ -1492,8 +1495,9 @@ class Run:
 
     @torch.no_grad()
     def monitor(self) -> dict[str, float]:
-        """Online kNN and collapse signs on training images alone, whole ones: a tenth of them, at most 1,000,
-        are classified by their neighbours among at most 5,000 others. Without classes only the signs."""
+        """Online kNN and collapse signs on the run's own training images, centre views without augmentation:
+        a tenth of them, at most 1,000, are classified by their neighbours among at most 5,000 others. Without
+        classes only the signs."""
         order = torch.randperm(len(self.images), generator=seeded("monitor"))
         query = order[:min(1000, max(1, len(order) // 10))]
         bank = order[len(query):len(query) + 5000]

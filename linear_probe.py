@@ -16,8 +16,8 @@ Features are the average-pooled outputs of the bare backbone in eval mode, in bf
     linear_top1   SGD on normalised features: lr 0.1 x batch/256, momentum 0.9, no decay, cosine, views by
                   crop (0.08, 1) and flip
 Nothing is chosen on the test split; --split held-out leaves it alone and tests on a tenth of the training
-images, for choices. The row is appended to results.jsonl beside the backbone, and rewritten as its metrics
-come.
+images, for choices. The row goes to results.jsonl beside the backbone, in place of an older one of the same
+probe, and is rewritten as its metrics come.
 """
 import dataclasses
 import hashlib

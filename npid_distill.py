@@ -69,7 +69,7 @@ RECIPES = {
                      optimizer="sgd", lr=0.5, wd=1e-4, warmup=0.0, cutmix=0.5, negatives=10_000, dim=2048),
     "imagenet imagenet1k": dict(dim=128),  # Wu et al. 2018; a bank of 0.7 GB in place of 10.5
 }
-UNBLURRED = ("shapes", "cifar10", "cifar100")  # sets whose views are not blurred; official code
+UNBLURRED = ("shapes", "cifar10", "cifar100")  # official code; shapes, ours, like CIFAR
 
 
 # ---------------------------------------------------------------------------------------------- losses

@@ -10,7 +10,7 @@
 A row is one probe of one run. A line is one run, or runs that differ in the seed alone: mean ± standard
 deviation. Differences are means over seeds, each within a seed, with a 95 % interval (Student's t):
 `effect on probe` where the variant is something + a term, of "A + B + C" to "A + B", at the same settings;
-`over NAME` to the nearest run of that method or of the untrained network, whatever its images and epochs.
+`over NAME` to the nearest run of that method or of the untrained network that agrees in COMPARED.
 """
 import dataclasses
 import json
@@ -71,7 +71,7 @@ run this short, so that it can't show what the term does later."""),
 The bank's momentum and the distillation's weight around their defaults, on held-out images, two seeds with
 wide intervals: no other strength is better."""),
     "npid-moco": ("NPID against MoCo v2", """
-Over shares of the images and over networks, three to six minutes each; `effect` is NPID minus MoCo v2. NPID
+Over shares of the images and over networks, three to six minutes each; `over moco` is on as many images. NPID
 had 16 to 32 % more of the minutes from 12,500 images on, and a tenth less in the larger networks. The means
 favour it with few images, most in the ResNet-34; no interval leaves out zero."""),
     "published": ("Full size", """
