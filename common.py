@@ -520,7 +520,7 @@ def list_tree(root: pathlib.Path, only: list[str] | None = None) -> tuple[Files,
 def list_tiny_imagenet_val(root: pathlib.Path) -> tuple[Files, list[str], list[str]]:
     """images/*.JPEG with val_annotations.txt (file, wnid, box): the published layout, no file moved."""
     annotations = root / "val_annotations.txt"
-    classes = [path.name for path in folders_in(root.parent / "train")]
+    _, classes, _ = list_tree(root.parent / "train")
     files = []
     for name, wnid in re.findall(r"^(\S+)\t(\w+)", annotations.read_text(errors="replace"), re.M):
         if wnid in classes and (root / "images" / name).exists():
@@ -1311,7 +1311,9 @@ class Run:
                 part.load_state_dict(state[name])
             self.step, self.lines, self.seconds = state["step"], state["log"], state["seconds"]
             self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
-            if state.get("where", self.where) != self.where:
+            header = json.loads(state["log"][0])
+            where = state.get("where") or {name: header.get(name) for name in self.where}
+            if where != self.where and self.step < self.steps:
                 self.lines.append(json.dumps({"resumed": self.step, **self.where}))
         except (RuntimeError, ValueError, LookupError, TypeError) as error:
             begun = json.loads(state["log"][0]).get("processes", world())

@@ -422,10 +422,10 @@ def probe(cfg: Config) -> dict | None:
         return write_features(cfg, encoder, device)
     digest, precision = fingerprint(encoder), str(dtype).removeprefix("torch.")
 
-    train, test = load_splits(cfg)
     beside = f"runs/{cfg.dataset}/random" if cfg.random else pathlib.Path(cfg.backbone).parent
     results = pathlib.Path(cfg.out or beside).expanduser() / "results.jsonl"
     rows = read_rows(results)
+    train, test = load_splits(cfg)
     requested = {"knn_top1", "knn20_top1", "knn10_top1"}
     requested |= {"probe_top1"} if cfg.quick else set()
     requested |= {"linear_top1"} if cfg.epochs else set()
@@ -442,7 +442,9 @@ def probe(cfg: Config) -> dict | None:
     if complete and not cfg.neighbours:
         common.say(f"nothing left to do: {results} has this probe's row")
         return complete[0]
-    replaced = same if cfg.epochs else same[:1]
+    replaced = same
+    if not cfg.epochs:
+        replaced = [row for row in same if row not in of_these] + of_these[:1]
 
     began = time.monotonic()
     train, test = train.to(device), test.to(device)

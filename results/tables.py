@@ -1,4 +1,4 @@
-"""Result rows -> Markdown tables, beside the published numbers. Every table of this repo is made here.
+"""Result rows -> Markdown tables. Every table of this repo is made here.
 
     python results/tables.py NAME            # the rows below runs/NAME -> results/NAME.jsonl and a table
     python results/tables.py NAME FOLDER...  # the same of the rows below these folders
@@ -244,8 +244,8 @@ def varied(row: dict, rows: list[dict]) -> str:
 
 def unlike(row: dict, other: dict) -> tuple[int, float]:
     """How far two runs are apart: flags that differ, then minutes."""
-    flags = [row["config"].get(name) != value for name, value in other.get("config", {}).items()]
-    return sum(flags), abs(row["minutes"] - (other.get("minutes") or 0))
+    flags = [row.get("config", {}).get(name) != value for name, value in other.get("config", {}).items()]
+    return sum(flags), abs((row.get("minutes") or 0) - (other.get("minutes") or 0))
 
 
 def differences(same: list[dict], rows: list[dict]) -> list[float]:

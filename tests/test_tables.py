@@ -11,7 +11,6 @@ import tables
 from conftest import ROOT
 
 
-
 def row(**other):
     base = dict(dataset="shapes", pretrained_on="shapes", method="bassl", variant="simclr", arch="resnet10")
     base |= dict(stem="cifar", view=16, images=100, epochs=2, batch=64, effective_lr=0.1, split="test")
