@@ -30,7 +30,7 @@ def draw_long(path: pathlib.Path):
             by_minutes.plot(minutes, knn, label=label, color=f"C{n}")
             by_images.plot([run["images"] * epoch / 1000 for epoch in epochs], knn, color=f"C{n}")
             label = None  # once a line of the table
-    by_minutes.legend()
+    by_images.legend(fontsize="small", loc="lower right")
     return figure
 
 
