@@ -112,8 +112,8 @@ class BatchFusion(nn.Module):
     """Lets the images of a batch exchange information: partition, `layers` gated convolutions, restore.
 
     batch and image_size are fixed: the convolution has one channel per position in the batch. patch must
-    divide image_size, kernel be odd; ValueError otherwise. With gates at 0, where they
-    start, the module is the identity.
+    divide image_size, kernel be odd; ValueError otherwise. With gates at 0, where they start, the module is
+    the identity.
     """
 
     def __init__(self, batch: int, image_size: int, patch: int = 4, layers: int = 1, kernel: int = 1):

@@ -1305,18 +1305,18 @@ class Run:
                 print(f"{error}; trying the one before it", file=sys.stderr)
         else:
             raise RunError(f"no checkpoint in {self.out} can be read; move the folder away to start anew")
-        self._refuse_other(json.loads(state["log"][0]) | state)
+        header = json.loads(state["log"][0])
+        self._refuse_other(header | state)
         try:
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             self.step, self.lines, self.seconds = state["step"], state["log"], state["seconds"]
             self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
-            header = json.loads(state["log"][0])
             where = state.get("where") or {name: header.get(name) for name in self.where}
             if where != self.where and self.step < self.steps:
                 self.lines.append(json.dumps({"resumed": self.step, **self.where}))
         except (RuntimeError, ValueError, LookupError, TypeError) as error:
-            begun = json.loads(state["log"][0]).get("processes", world())
+            begun = header.get("processes", world())
             if begun != world():
                 raise UsageError(f"{self.out} was begun by {begun} processes, and what they hold of a batch "
                                  f"does not fit {world()}; start as many, or choose another --out") from None
@@ -1383,6 +1383,7 @@ class Run:
             self._save_backbone()
             say(f"nothing left to do: {self.out / 'backbone.pt'}")
             return
+
         def stop(number, _):
             self.stopping = 128 + number
 

@@ -442,9 +442,8 @@ def probe(cfg: Config) -> dict | None:
     if complete and not cfg.neighbours:
         common.say(f"nothing left to do: {results} has this probe's row")
         return complete[0]
-    replaced = same
-    if not cfg.epochs:
-        replaced = [row for row in same if row not in of_these] + of_these[:1]
+    completed = of_these if cfg.epochs else of_these[:1]  # whose metrics the new row takes over
+    replaced = completed + [row for row in same if row not in of_these]
 
     began = time.monotonic()
     train, test = train.to(device), test.to(device)
@@ -464,7 +463,7 @@ def probe(cfg: Config) -> dict | None:
     kept = {*METRICS} - requested  # what an earlier call found and this one does not make anew
     if not cfg.epochs:
         kept.add("linear_epochs")
-    for old in [old for old in replaced if old in of_these]:
+    for old in completed:
         row |= {name: value for name, value in old.items() if name in kept}
 
     def add(metric: str, value: float) -> None:

@@ -1,6 +1,6 @@
 # An untrained network and five methods, three seeds: the small recipe on CIFAR-10, 10 to 15 minutes of a core
-# with bf16 a run; and cells of two epochs on CIFAR-100, a quarter of the images, with probes on a tenth of the
-# labels. CIFAR-10 on a laptop is seed 0 of it, and SimCLR for twice as long.
+# with bf16 a run; and cells of two epochs on CIFAR-100, a quarter of the images, with probes on a tenth of
+# the labels. CIFAR-10 on a laptop is seed 0 of it, and SimCLR for twice as long.
 set -e
 for seed in 0 1 2; do
   out=runs/methods/seed-$seed

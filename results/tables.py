@@ -256,20 +256,20 @@ def differences(same: list[dict], rows: list[dict]) -> list[float]:
     return paired(same, [row for row in rows if row["variant"] == base], (*SETTINGS, "seed"))
 
 
-def paired(same: list[dict], others: list[dict], keys: tuple, metric: str = "probe_top1") -> list[float]:
-    """The metric of each row minus that of the row among others that agrees with it in keys; of several the
+def paired(same: list[dict], others: list[dict], keys: tuple) -> list[float]:
+    """The probe of each row minus that of the row among others that agrees with it in keys; of several the
     one that differs in the fewest flags, then the one of the nearest minutes."""
-    partners, found = group([row for row in others if metric in row], keys), []
+    partners, found = group([row for row in others if "probe_top1" in row], keys), []
     for row in same:
         alike = partners.get(tuple(row.get(key) for key in keys), [])
-        if alike and metric in row:
+        if alike and "probe_top1" in row:
             partner = min(alike, key=lambda other: unlike(row, other))
-            found.append(row[metric] - partner[metric])
+            found.append(row["probe_top1"] - partner["probe_top1"])
     return found
 
 
-# Tables of whole methods -> what two rows agree in, beside the seed, to be compared.
 BASES = ("untrained", "simclr", "moco")  # variants
+# Tables of whole methods -> what two rows agree in, beside the seed, to be compared.
 COMPARED = {"methods": ("dataset",), "long": ("dataset",), "npid-moco": ("dataset", "images", "arch")}
 
 

@@ -1,5 +1,6 @@
 """The command line as a user meets it: wrong usage, every documented command, `make`."""
 import collections
+import dataclasses
 import importlib
 import inspect
 import json
@@ -95,8 +96,18 @@ def test_preview_draws_and_stops(file, small, train):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_is_shown(script, capsys):
-    assert start(f"{script.__name__}.py", "--help") == 0 and "--dataset" in capsys.readouterr().out
+def test_help_is_shown_and_the_probes_names_no_recipe(script, capsys):
+    assert start(f"{script.__name__}.py", "--help") == 0
+    printed = capsys.readouterr().out
+    assert "--dataset" in printed
+    assert script is not linear_probe or "recipe" not in printed.rsplit("--neighbours", 1)[1]
+
+
+def test_a_field_without_a_comment_has_a_flag_too():
+    @dataclasses.dataclass
+    class Config:
+        plain: int = 3
+    assert common.parse(Config, "", ["--plain", "4"]).plain == 4
 
 
 @pytest.mark.parametrize("file, flags, name", [

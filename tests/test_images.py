@@ -242,6 +242,8 @@ def test_limit_and_preview_decode_no_more_than_they_need_and_a_map_is_shared_unt
     before = {path: path.stat().st_mtime_ns for path in [tree, *tree.rglob("*")]}
     few = load(tree, limit=10)
     assert len(few) == len(calls) == 10 and few.files[0].startswith(("a/", "b/"))
+    made = [path.name for path in (tmp_path / "cache").glob("*.npy")]
+    assert len(made) == 2 and all(name.startswith("folder-train-8px-first-10-") for name in made)
     assert (pretrain("preview", tree, "--preview") / "preview.png").exists()
     assert len(calls) == 10 + 16
     pretrain("preview", tree, "--preview", "--limit", 20)
