@@ -184,12 +184,20 @@ def same_run(a, b):
     assert read_log(a) == read_log(b)
 
 
-def assert_runs_on_cuda(module, *inputs):
-    """On tensors that say they are on CUDA a constant on the CPU, .item() or a branch on data would raise."""
+def assert_runs_on_cuda_and_compiles_once(module, steps):
+    """The module compiles without a graph break or another graph for a later step, to the same values. On
+    tensors that say they are on CUDA, a constant on the CPU, .item() or a branch on data would raise."""
+    graphs = []
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True,
+                             backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    for step in steps:
+        torch.testing.assert_close(compiled(*step), module(*step))
+    assert len(graphs) == 1
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     with FakeTensorMode(allow_non_fake_inputs=True):
         module.to_empty(device="cuda")
-        result = module(*(torch.empty_like(x, device="cuda") for x in inputs))
+        result = module(*(torch.empty_like(x, device="cuda") for x in steps[0]))
         if hasattr(module, "after_step"):
             module.after_step(0.5)
     torch.__future__.set_overwrite_module_params_on_conversion(False)

@@ -11,7 +11,7 @@ import common
 import npid_distill
 from aug_study import (METHODS, Template, barlow_loss, dino_loss, mlp, sinkhorn, swav_loss, switched,
                        vicreg_loss)
-from conftest import Small, assert_runs_on_cuda, read_log
+from conftest import Small, assert_runs_on_cuda_and_compiles_once, read_log
 
 
 def pair(b=6, d=5):
@@ -104,8 +104,9 @@ def test_the_loss_is_the_mean_over_all_pairs_of_a_view_and_a_global_one(switches
 
 
 @pytest.mark.parametrize("switches", OWN, ids=" ".join)
-def test_a_step_runs_on_cuda_tensors(switches):
-    assert_runs_on_cuda(template(*switches), *torch.randn(2, 8, 3, 8, 8))
+def test_a_step_runs_on_cuda_tensors_and_compiles_whole_and_once(switches):
+    steps = [(x, x) for x in torch.randn(3, 8, 3, 8, 8)]
+    assert_runs_on_cuda_and_compiles_once(template(*switches).eval(), steps)  # one set of statistics
 
 
 @pytest.mark.parametrize("name", ["moco", "byol", "dino"])

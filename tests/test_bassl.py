@@ -10,7 +10,7 @@ import bassl
 import common
 from bassl import (BYOL, BatchFusion, MoCo, SimSiam, cosine_loss, fuse_views, info_nce, nt_xent,
                    patch_partition, patch_restore)
-from conftest import Small, assert_runs_on_cuda
+from conftest import Small, assert_runs_on_cuda_and_compiles_once
 
 
 def opened():
@@ -124,9 +124,11 @@ def test_the_gradient_is_that_of_the_mean_negative_cosine_over_both_directions(f
 
 
 @pytest.mark.parametrize("framework", bassl.FRAMEWORKS)
-def test_a_framework_and_a_fusion_run_on_cuda_tensors(framework):
-    assert_runs_on_cuda(bassl.FRAMEWORKS[framework](Small()), *torch.randn(2, 8, 3, 8, 8))
-    assert_runs_on_cuda(opened(), torch.randn(6, 3, 8, 8), torch.randperm(6))
+def test_a_framework_and_a_fusion_run_on_cuda_tensors_and_compile_whole_and_once(framework):
+    model = bassl.FRAMEWORKS[framework](Small())
+    assert_runs_on_cuda_and_compiles_once(model, torch.randn(3, 2, 8, 3, 8, 8).unbind())
+    steps = [(x, torch.randperm(6)) for x in torch.randn(3, 6, 3, 8, 8)]
+    assert_runs_on_cuda_and_compiles_once(opened(), steps)
 
 
 def test_the_control_pairs_every_image_with_another_in_an_order_of_its_own(small, train, monkeypatch):

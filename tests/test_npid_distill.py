@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import common
 import npid_distill
-from conftest import assert_runs_on_cuda
+from conftest import assert_runs_on_cuda_and_compiles_once
 from npid_distill import MemoryBank, cutmix, instance_ce, sqrt_kl
 
 
@@ -131,17 +131,22 @@ def test_every_row_is_filled_by_the_calibration_that_was_asked_for(init, small, 
     assert len(rows.unique(dim=0)) == 49 and run.model.training
 
 
-def test_a_step_runs_on_cuda_tensors():
+@pytest.mark.parametrize("update, negatives", [("grad", 40), ("ema", 0)])
+def test_a_step_runs_on_cuda_tensors_and_compiles_whole_and_once(update, negatives):
     bank = MemoryBank(60, 16)
 
     def step(z, index, partner, weight):
-        for negatives in (0, 40):
-            columns, own = bank.sample(index, negatives)
-            labels, rows = torch.stack([own, own[partner]], 1), bank.rows[columns]
-            cosines = z @ rows.T
+        columns, own = bank.sample(index, negatives)
+        labels, rows = torch.stack([own, own[partner]], 1), bank.rows[columns]
+        cosines = z @ rows.T
+        loss = instance_ce(cosines / 0.2, labels, weight) + 20 * sqrt_kl(cosines)
+        if update == "grad":
             bank.step(columns, rows, z, (cosines / 0.2).softmax(1), labels, weight)
-        bank.average(index, z)
-        return instance_ce(cosines / 0.2, labels, weight) + 20 * sqrt_kl(cosines)
+        else:
+            bank.average(index, z)
+        return loss.isfinite().float()                                 # negatives differ from call to call
 
     bank.forward = step
-    assert_runs_on_cuda(bank, torch.rand(8, 16), torch.arange(8), torch.arange(8), torch.rand(8, 2))
+    steps = [(z, torch.randperm(60)[:8], torch.randperm(8), torch.rand(8, 2))
+             for z in unit(3, 8, 16, dtype=torch.float32)]
+    assert_runs_on_cuda_and_compiles_once(bank, steps)
