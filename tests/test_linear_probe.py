@@ -51,11 +51,14 @@ def backbone(pretrained, tmp_path):
     return tmp_path / "run" / "backbone.pt"
 
 
-def test_the_quick_probe_separates_what_is_separable_and_guesses_noise():
+def test_the_quick_probe_separates_what_is_separable_guesses_noise_and_standardises_in_place():
     generator = torch.Generator().manual_seed(0)
     y = torch.arange(600) % 3
     x = 7 + 5 * (torch.randn(600, 20, generator=generator) + 6 * torch.eye(3, 20)[y])
-    assert linear_probe.quick_probe(x[:400], y[:400], x[400:], y[400:], 3) > 98
+    train, test = x[:400], x[400:].clone()
+    assert linear_probe.quick_probe(train, y[:400], test, y[400:], 3) > 98
+    torch.testing.assert_close(train.mean(0), torch.zeros(20), atol=1e-4, rtol=0)  # no copy was made
+    torch.testing.assert_close(train.std(0), torch.ones(20))
     noise = torch.randn(600, 20, generator=generator)
     assert linear_probe.quick_probe(noise[:400], y[:400], noise[400:], y[400:], 3) < 50
 
