@@ -270,7 +270,8 @@ def paired(same: list[dict], others: list[dict], keys: tuple) -> list[float]:
 
 BASES = ("untrained", "simclr", "moco")  # variants
 # Tables of whole methods -> what two rows agree in, beside the seed, to be compared.
-COMPARED = {"methods": ("dataset",), "long": ("dataset",), "npid-moco": ("dataset", "images", "arch")}
+COMPARED = {"methods": ("dataset",), "long": ("dataset",), "small": ("dataset",),
+            "npid-moco": ("dataset", "images", "arch")}
 
 
 def comparison(rows: list[dict], keys: tuple) -> str:
@@ -278,7 +279,7 @@ def comparison(rows: list[dict], keys: tuple) -> str:
     are compared where they agree in keys, seed and protocol."""
     lines = []
     for same in lines_of([row for row in rows if row["method"] != "random"]):
-        line = {name: same[0][name] for name in (*keys, "variant")}
+        line = {name: same[0][name] for name in (*keys, "variant", "epochs")}
         for base in BASES:
             others = [row for row in rows if row["variant"] == base and row not in same]
             line[f"over {base}"] = points(paired(same, others, (*keys, "split", "fraction", "seed")))
