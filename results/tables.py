@@ -34,12 +34,13 @@ SimCLR by the small recipe of two epochs against the set-up before it (32 px, Im
 minutes: views cut small at the image's own resolution, through a stem that keeps them, learn more. It does
 not show that they do in a longer run."""),
     "tried": ("What was tried for the small recipe", """
-On training images held out of the probe. Lines of 16,384 images or fewer have one seed: multi-crop gave
-SimCLR +0.4 of probe for three times the minutes; batch 64, temperature 0.1 and a warm-up lost 0.9 to 3.3 (and
-gained 0.1 to 1.7 of kNN); at 51,200 views NPID learned more from few images seen often. With three seeds and
-100,000 images SimCLR at half the rate is at +0.2 ± 1.8 of probe, and NPID's 10,240 images ten times at
--0.9 ± 0.9 of 5,120 twenty times, twice the rate at -1.0 ± 2.2: nothing changed a default. Temperature 0.1,
-with two seeds, gains 1.0 to 1.3 of kNN and -0.4 and +1.4 of probe."""),
+On training images held out of the probe. Lines of 16,384 images or fewer have one seed, which can't rank what
+lies within a point or two: multi-crop gave SimCLR +0.4 of probe for three times the minutes; batch 64,
+temperature 0.1 and a warm-up lost 0.9 to 3.3 (and gained 0.1 to 1.7 of kNN); at 51,200 views NPID learned
+more from few images seen often. With three seeds and 100,000 images SimCLR at half the rate is at +0.2 ± 1.8
+of probe, and NPID's 10,240 images ten times at -0.9 ± 0.9 of 5,120 twenty times, twice the rate at
+-1.0 ± 2.2: nothing changed a default. Temperature 0.1, with two seeds, gains 1.0 to 1.3 of kNN and -0.4 and
++1.4 of probe."""),
     "rates": ("Rates of the small recipe", "64 steps a method (NPID 120), on held-out images; one seed: "
               "enough to leave out rates that are far off."),
     "methods": ("Methods", """
@@ -57,30 +58,34 @@ has no more and which stand in the commit of their rows, had two seeds and no be
 One view fused at a held gate against the plain framework, five seeds, 5,000 images five times: the paper's
 gain at small batches was not found. Runs of minutes can't show what 1,000 epochs would."""),
     "bassl-fusion": ("Kinds of fusion", """
-Real pairs: four kinds of one, two and three layers, none better than the plain framework by its interval. And
-unpaired ones with an open gate, where only a shortcut can help: the loss of `plain` leaves chance, that of
-the others stays."""),
+Real pairs: four kinds of one, two and three layers, none better than the plain framework by its interval;
+5,000 images five times can't show what a longer run would. Unpaired ones with an open gate, where only a
+shortcut can help: the loss of `plain` leaves chance, that of the others stays."""),
     "bassl-plug": ("BA-SSL in front of other frameworks", """
-No gain was found (published: up to +1.25 on ImageNet-100). One kNN rose, BYOL's, still below an untrained
+No gain was found (published: up to +1.25 on ImageNet-100). For BYOL and SimSiam so short a run can't show one,
+as they have hardly left the untrained network: BYOL's kNN, half a point higher with it, is below that
 network's."""),
     "npid-terms": ("NPID, term by term", """
 Each line adds one term to the line above it, 5,120 images eight times. Calibration helps; for the other terms
 no difference was found. At the official weight of 20 the distillation raises the loss by 0.6 to 2.3 % in a
 run this short, so that it can't show what the term does later."""),
     "npid-scale": ("How strong NPID's terms are", """
-The bank's momentum and the distillation's weight around their defaults, on held-out images, two seeds with
-wide intervals: no other strength is better."""),
+The bank's momentum and the distillation's weight around their defaults, on held-out images: a weight of 400
+and a tempered term lose six points or more in the mean; the wide intervals of two seeds can't tell the others
+apart."""),
     "npid-moco": ("NPID against MoCo v2", """
 Over shares of the images and over networks, three to six minutes each; `over moco` is on as many images. NPID
 had 16 to 32 % more of the minutes from 12,500 images on, and a tenth less in the larger networks. The means
-favour it with few images, most in the ResNet-34; no interval leaves out zero."""),
+favour it with few images, most in the ResNet-34; no interval leaves out zero, and minutes can't show what the
+paper's 200 epochs would."""),
     "published": ("Full size", """
 The recipes of the papers and peers, one seed; rows are added as a GPU is at hand. NPID is 3.2 points of probe
 above MoCo v2 in three fifths of its time (published: 5.4 in half of it); by kNN with 200 it is below."""),
     "study": ("The study", """
 Augmentations against algorithms: every cell, and the main effects below. 12,500 images of CIFAR-10 twice (2
 to 3 minutes of a core; multi-crop and ResNet-18 4 to 7), a probe by a tenth of the labels. In so short a run
-it is the method that decides, and the smaller network wins; of the published effects none shows."""),
+it is the method that decides, and the smaller network wins; of the published effects none shows, and two
+epochs can't tell whether a long run has them."""),
 }
 
 TUNING = ("tried", "rates", "bassl-look", "npid-scale")  # below one heading, at the end of the page
@@ -290,7 +295,8 @@ def comparison(rows: list[dict], keys: tuple) -> str:
 def table(rows: list[dict], published: bool = False) -> str:
     """One Markdown table a data set; if asked for, the published numbers of its methods in italics below."""
     text = []
-    rows = sorted(rows, key=lambda row: row["method"] != "random")  # the untrained network first
+    # The untrained network first, then by batch, else in the order of the rows.
+    rows = sorted(rows, key=lambda row: (row["method"] != "random", row.get("batch") or 0))
     for (dataset,), part in group(rows, ("dataset",)).items():
         lines = []
         for same in lines_of(part):
