@@ -1,6 +1,6 @@
 # NPID against MoCo v2 in about the same minutes (MoCo's step sees two views, its target both again): over
 # shares of the images, NPID up to a third more, and over networks, MoCo a tenth more; three seeds. Three
-# minutes of one thread with bf16, seven without; all images and the larger networks half as long again.
+# minutes of one thread with bf16, seven without; ResNet-34 four, all images five to six.
 # Probes on a tenth of the labels.
 set -e
 run() {  # run NAME SCRIPT FLAGS...

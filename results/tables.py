@@ -34,11 +34,11 @@ SimCLR by the small recipe of two epochs against the set-up before it (32 px, Im
 minutes: views cut small at the image's own resolution, through a stem that keeps them, learn more. It does
 not show that they do in a longer run."""),
     "tried": ("What was tried for the small recipe", """
-On training images held out of the probe. Lines of 16,384 images or fewer have one seed, which can't rank what
+On training images held out of the probe. Lines with 5 % of the labels have one seed, which can't rank what
 lies within a point or two: multi-crop gave SimCLR +0.4 of probe for three times the minutes; batch 64,
-temperature 0.1 and a warm-up lost 0.9 to 3.3 (and gained 0.1 to 1.7 of kNN); at 51,200 views NPID learned
-more from few images seen often. With three seeds and 100,000 images SimCLR at half the rate is at +0.2 ± 1.8
-of probe, and NPID's 10,240 images ten times at -0.9 ± 0.9 of 5,120 twenty times, twice the rate at
+temperature 0.1 and a warm-up lost 0.9 to 3.3 (and gained 0.1 to 1.7 of kNN); at 51,200 images seen NPID
+learned more from few of them seen often. With three seeds and 100,000 seen SimCLR at half the rate is at
++0.2 ± 1.8 of probe, and NPID's 10,240 images ten times at -0.9 ± 0.9 of 5,120 twenty times, twice the rate at
 -1.0 ± 2.2: nothing changed a default. Temperature 0.1, with two seeds, gains 1.0 to 1.3 of kNN and -0.4 and
 +1.4 of probe."""),
     "rates": ("Rates of the small recipe", "64 steps a method (NPID 120), on held-out images; one seed: "
@@ -62,30 +62,33 @@ Real pairs: four kinds of one, two and three layers, none better than the plain 
 5,000 images five times can't show what a longer run would. Unpaired ones with an open gate, where only a
 shortcut can help: the loss of `plain` leaves chance, that of the others stays."""),
     "bassl-plug": ("BA-SSL in front of other frameworks", """
-No gain was found (published: up to +1.25 on ImageNet-100). For BYOL and SimSiam so short a run can't show one,
-as they have hardly left the untrained network: BYOL's kNN, half a point higher with it, is below that
-network's."""),
+No gain of probe was found (published: up to +1.25 on ImageNet-100). For BYOL and SimSiam so short a run can't
+show one, as they have hardly left the untrained network (in the table of methods): BYOL's kNN, +0.4 ± 0.2
+with the fusion, is below that network's; SimSiam's is at -0.8 ± 0.7."""),
     "npid-terms": ("NPID, term by term", """
 Each line adds one term to the line above it, 5,120 images eight times. Calibration helps; for the other terms
-no difference was found. At the official weight of 20 the distillation raises the loss by 0.6 to 2.3 % in a
-run this short, so that it can't show what the term does later."""),
+no difference of probe was found (the gradient update has +1.7 ± 1.3 of kNN with 20 neighbours). With the
+distillation, at the official weight of 20, the loss that it is a part of is 0.6 to 2.3 % higher: a run this
+short can't show what the term does later."""),
     "npid-scale": ("How strong NPID's terms are", """
 The bank's momentum and the distillation's weight around their defaults, on held-out images: a weight of 400
-and a tempered term lose six points or more in the mean; the wide intervals of two seeds can't tell the others
-apart."""),
+and a tempered term lose six points of probe or more in the mean; the wide intervals of two seeds can't tell
+the others' probes apart."""),
     "npid-moco": ("NPID against MoCo v2", """
 Over shares of the images and over networks, three to six minutes each; `over moco` is on as many images. NPID
-had 16 to 32 % more of the minutes from 12,500 images on, and a tenth less in the larger networks. The means
-favour it with few images, most in the ResNet-34; no interval leaves out zero, and minutes can't show what the
-paper's 200 epochs would."""),
+had 16 to 32 % more of the minutes from 12,500 images on, and a tenth less in the larger networks. By the probe
+the means favour it with few images, most in the ResNet-34, and no interval leaves out zero; by kNN it is 1.2
+to 4.8 points below from 12,500 images on. Minutes can't show what the paper's 200 epochs would."""),
     "published": ("Full size", """
 The recipes of the papers and peers, one seed; rows are added as a GPU is at hand. NPID is 3.2 points of probe
-above MoCo v2 in three fifths of its time (published: 5.4 in half of it); by kNN with 200 it is below."""),
+(L-BFGS) above MoCo v2 in three fifths of its time (published, by the papers' classifier: 5.4 in half of it);
+by kNN it is 1.1 below with 200 neighbours and 0.8 above with 20. One seed can't show how far that repeats."""),
     "study": ("The study", """
 Augmentations against algorithms: every cell, and the main effects below. 12,500 images of CIFAR-10 twice (2
 to 3 minutes of a core; multi-crop and ResNet-18 4 to 7), a probe by a tenth of the labels. In so short a run
-it is the method that decides, and the smaller network wins; of the published effects none shows, and two
-epochs can't tell whether a long run has them."""),
+methods and networks are further apart than augmentations, the smaller network ahead; of the published effects
+none shows, and two epochs can't tell whether a long run has them. The predictor's cost is SimCLR's (-3.1 ±
+3.3; BYOL's -0.3 ± 4.7), and the momentum target's 0.0 is SimCLR's -1.5 ± 3.0 and BYOL's +1.5 ± 5.4."""),
 }
 
 TUNING = ("tried", "rates", "bassl-look", "npid-scale")  # below one heading, at the end of the page
@@ -459,7 +462,7 @@ def write_readme() -> None:
     text = ["# Results", "",
             "Written by `python results/tables.py --readme` from the rows beside this page. A row names its "
             "command, commit and device. Since commit 8e4a95f convolutions of few pixels are computed "
-            "another way on a CPU: rows before it took up to twice the minutes, and differ by rounding.",
+            "another way on a CPU: rows before it took more minutes, and differ by rounding.",
             "",
             "Reduced runs (fewer images, epochs or pixels than the papers') are compared with each other "
             "alone; published numbers stand in italics for scale.", ""]
@@ -469,7 +472,8 @@ def write_readme() -> None:
     for path in sorted((HERE / "bench").glob("*.jsonl")):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         machines = dict.fromkeys(f"{row['device']}, {row['precision']}" for row in rows)
-        made = f"`{rows[0]['command']}`; {'; '.join(machines)}."
+        commands = dict.fromkeys(f"`{row['command']}`" for row in rows)
+        made = f"{'; '.join([*commands, *machines])}."
         alike = {key for key in ("device", "precision") if len({row[key] for row in rows}) == 1}
         hidden = {"sha", "torch", "command", "blobs"} | alike
         shown = [{key: row[key] for key in row if key not in hidden} for row in rows]

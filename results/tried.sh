@@ -27,4 +27,5 @@ for seed in 0 1; do
   run simclr-cool-$seed 0.2 $simclr --limit 25000 --epochs 4 --temperature 0.1 --seed $seed
 done
 run simclr-fast-0 0.2 $simclr --limit 25000 --epochs 4 --lr 0.008
+run npid-slow-0   0.2 $npid --limit 5120 --epochs 20 --lr 0.25
 python results/tables.py tried
