@@ -27,10 +27,12 @@ def draw_long(path: pathlib.Path):
         label = same[0]["variant"] if same[0]["method"] == "bassl" else "NPID with self-distillation"
         for run in same:
             minutes, epochs, knn = zip(*run["curve"])
-            by_minutes.plot(minutes, knn, label=label, color=f"C{n}")
-            by_images.plot([run["images"] * epoch / 1000 for epoch in epochs], knn, color=f"C{n}")
+            images = [run["images"] * epoch / 1000 for epoch in epochs]
+            by_minutes.plot(minutes, knn, color=f"C{n}")
+            by_images.plot(images, knn, label=label, color=f"C{n}")
             label = None  # once a line of the table
-    by_images.legend(fontsize="small", loc="lower right")
+    by_images.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.set_size_inches(11, 3.2)
     return figure
 
 
