@@ -40,7 +40,7 @@ def draw_bassl_batch(path: pathlib.Path):
     """The fusion's effect over the batch, with its 95 % interval over seeds."""
     rows = read_rows([path])
     figure, [panel] = panels(1, xlabel="batch", ylabel="BA-SSL - SimCLR, points of probe")
-    for same in sorted(lines_of(rows), key=lambda same: same[0]["batch"]):
+    for same in lines_of(rows):
         found = differences(same, rows)
         if len(found) > 1:
             mean, half = mean_and_half(found)

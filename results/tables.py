@@ -47,7 +47,8 @@ learned more from few of them seen often. With three seeds and 100,000 seen SimC
 The small recipe on CIFAR-10, and on CIFAR-100 with a quarter of the images and a probe on a tenth of the
 labels, where MoCo v2 and BYOL lack a third seed so far. NPID sees 5,120 images, as often as its minutes
 allow. Minutes on CIFAR-10: 11 of a core, MoCo v2 and BYOL 15; where a line has more, other work shared the
-core. It shows which methods learn first; at these minutes nothing of the papers' rankings is to be expected."""),
+core. It shows which methods learn first; at these minutes nothing of the papers' rankings is to be
+expected."""),
     "long": ("Forty-five minutes of a core", """
 The small recipe on CIFAR-10 with 15 epochs (MoCo v2 and BYOL 12; NPID 22,528 images 48 times), two runs side
 by side on two cores; one seed so far, which shows the order of curves that lie apart, and can't tell SimCLR
@@ -81,13 +82,13 @@ and a tempered term lose six points of probe or more in the mean; the wide inter
 the others' probes apart."""),
     "npid-moco": ("NPID against MoCo v2", """
 Over shares of the images and over networks, three to six minutes each; `over moco` is on as many images. NPID
-had 16 to 32 % more of the minutes from 12,500 images on, and a tenth less in the larger networks. By the probe
-the means favour it with few images, most in the ResNet-34, and no interval leaves out zero; by kNN it is 1.2
-to 4.8 points below from 12,500 images on. Minutes can't show what the paper's 200 epochs would."""),
+had 16 to 32 % more of the minutes from 12,500 images on, and a tenth less in the larger networks. By the
+probe the means favour it with few images, most in the ResNet-34, and no interval leaves out zero; by kNN it
+is 1.2 to 4.8 points below from 12,500 images on. Minutes can't show what the paper's 200 epochs would."""),
     "published": ("Full size", """
 The recipes of the papers and peers, one seed; rows are added as a GPU is at hand. NPID is 3.2 points of probe
 (L-BFGS) above MoCo v2 in three fifths of its time (published, by the papers' classifier: 5.4 in half of it);
-by kNN it is 1.1 below with 200 neighbours and 0.8 above with 20. One seed can't show how far that repeats."""),
+by kNN it is 1.1 below with 200 neighbours and 0.8 above with 20. One seed can't show whether it repeats."""),
     "study": ("The study", """
 Augmentations against algorithms: every cell, and the main effects below. 12,500 images of CIFAR-10 twice (2
 to 3 minutes of a core; multi-crop and ResNet-18 4 to 7), a probe by a tenth of the labels. In so short a run
@@ -175,7 +176,9 @@ def group(rows: list[dict], keys: tuple) -> dict[tuple, list[dict]]:
 
 
 def lines_of(rows: list[dict]) -> list[list[dict]]:
-    """The rows of each line of a table: runs that differ in the seed alone."""
+    """The rows of each line of a table: runs that differ in the seed alone. The untrained network first, then
+    by batch, else in the order of the rows."""
+    rows = sorted(rows, key=lambda row: (row["method"] != "random", row.get("batch") or 0))
     return list(group(rows, (*SETTINGS, "method", "variant", "flags")).values())
 
 
@@ -303,8 +306,6 @@ def comparison(rows: list[dict], keys: tuple) -> str:
 def table(rows: list[dict], published: bool = False) -> str:
     """One Markdown table a data set; if asked for, the published numbers of its methods in italics below."""
     text = []
-    # The untrained network first, then by batch, else in the order of the rows.
-    rows = sorted(rows, key=lambda row: (row["method"] != "random", row.get("batch") or 0))
     for (dataset,), part in group(rows, ("dataset",)).items():
         lines = []
         for same in lines_of(part):
