@@ -45,10 +45,9 @@ learned more from few of them seen often. With three seeds and 100,000 seen SimC
               "enough to leave out rates that are far off."),
     "methods": ("Methods", """
 The small recipe on CIFAR-10, and on CIFAR-100 with a quarter of the images and a probe on a tenth of the
-labels, where MoCo v2 and BYOL lack a third seed so far. NPID sees 5,120 images, as often as its minutes
-allow. Minutes on CIFAR-10: 11 of a core, MoCo v2 and BYOL 15; where a line has more, other work shared the
-core. It shows which methods learn first; at these minutes nothing of the papers' rankings is to be
-expected."""),
+labels. NPID sees 5,120 images, as often as its minutes allow. Minutes on CIFAR-10: 11 of a core, MoCo v2 and
+BYOL 15; where a line has more, other work shared the core. It shows which methods learn first; at these
+minutes nothing of the papers' rankings is to be expected."""),
     "long": ("Forty-five minutes of a core", """
 The small recipe on CIFAR-10 with 15 epochs (MoCo v2 and BYOL 12; NPID 22,528 images 48 times), two runs side
 by side on two cores; one seed so far, which shows the order of curves that lie apart, and can't tell SimCLR
