@@ -30,10 +30,6 @@ TABLES = {
     "cifar10": ("CIFAR-10 on a laptop", """
 The small recipe on CIFAR-10, one seed: what `make cifar10` ends in, no ranking; and SimCLR for twice as long,
 `python bassl.py --dataset cifar10 --layers 0 --epochs 8`."""),
-    "small": ("The small recipe", """
-SimCLR by the small recipe of two epochs against the set-up before it (32 px, ImageNet stem) in the same
-minutes: views cut small at the image's own resolution, through a stem that keeps them, learn more. It does
-not show that they do in a longer run."""),
     "tried": ("What was tried for the small recipe", """
 On training images held out of the probe. Lines with 5 % of the labels have one seed, which can't rank what
 lies within a point or two: multi-crop gave SimCLR +0.4 of probe for three times the minutes; batch 64,
@@ -286,8 +282,7 @@ def paired(same: list[dict], others: list[dict], keys: tuple) -> list[float]:
 
 BASES = ("untrained", "simclr", "moco")  # variants
 # Tables of whole methods -> what two rows agree in, beside the seed, to be compared.
-COMPARED = {"methods": ("dataset",), "long": ("dataset",), "small": ("dataset",),
-            "npid-moco": ("dataset", "images", "arch")}
+COMPARED = {"methods": ("dataset",), "long": ("dataset",), "npid-moco": ("dataset", "images", "arch")}
 
 
 def comparison(rows: list[dict], keys: tuple) -> str:
