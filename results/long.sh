@@ -1,4 +1,4 @@
-# Five methods on CIFAR-10 for about 45 minutes of a core with bf16 each, two seeds: accuracy over minutes and
+# Five methods on CIFAR-10 for about 45 CPU-core minutes with bf16 each, two seeds: accuracy over minutes and
 # over images is the online kNN of the logs. NPID sees each image as often as in its recipe, and more images.
 set -e
 for seed in 0 1; do

@@ -1,4 +1,4 @@
-# An untrained network and five methods, three seeds: the small recipe on CIFAR-10, 10 to 16 minutes of a core
+# An untrained network and five methods, three seeds: the small recipe on CIFAR-10, 10 to 16 CPU-core minutes
 # with bf16 a run; and on CIFAR-100 a quarter of the images, three to five minutes, with probes on a tenth of
 # the labels. CIFAR-10 on a laptop is seed 0 of it, and SimCLR for twice as long.
 set -e

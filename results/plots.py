@@ -21,7 +21,7 @@ def panels(count: int, **labels):
 def draw_long(path: pathlib.Path):
     """Online kNN over minutes and over images seen, a line a run, a colour a method."""
     figure, [by_minutes, by_images] = panels(2, ylabel="online kNN, %")
-    by_minutes.set(xlabel="minutes of a core")
+    by_minutes.set(xlabel="CPU-core minutes")
     by_images.set(xlabel="images seen, thousands")
     for n, same in enumerate(lines_of(read_rows([path]))):
         label = same[0]["variant"] if same[0]["method"] == "bassl" else "NPID with self-distillation"

@@ -42,10 +42,10 @@ learned more from few of them seen often. With three seeds and 100,000 seen SimC
               "enough to leave out rates that are far off."),
     "methods": ("Methods", """
 The small recipe on CIFAR-10, and on CIFAR-100 with a quarter of the images and a probe on a tenth of the
-labels. NPID sees 5,120 images, as often as its minutes allow. Minutes on CIFAR-10, the least of three: 10 to
-11 of a core, MoCo v2 and BYOL 15 to 16; other work shared the core in the others. It shows which methods
+labels. NPID sees 5,120 images, as often as its minutes allow. CPU-core minutes on CIFAR-10, the least of
+three: 10 to 11, MoCo v2 and BYOL 15 to 16; other work shared the core in the others. It shows which methods
 learn first; at these minutes nothing of the papers' rankings is to be expected."""),
-    "long": ("Forty-five minutes of a core", """
+    "long": ("Forty-five CPU-core minutes", """
 The small recipe on CIFAR-10 with 15 epochs (MoCo v2 and BYOL 12; NPID 22,528 images 48 times), two runs side
 by side on two cores; one seed so far, which shows the order of curves that lie apart, and can't tell SimCLR
 from BA-SSL. These two lead from the first epoch on, over minutes and over images; SimCLR is above BA-SSL
@@ -87,7 +87,7 @@ The recipes of the papers and peers, one seed; rows are added as a GPU is at han
 by kNN it is 1.1 below with 200 neighbours and 0.8 above with 20. One seed can't show whether it repeats."""),
     "study": ("The study", """
 Augmentations against algorithms: every cell, and the main effects below. 12,500 images of CIFAR-10 twice (2
-to 3 minutes of a core; multi-crop and ResNet-18 4 to 7), a probe by a tenth of the labels. In so short a run
+to 3 CPU-core minutes; multi-crop and ResNet-18 4 to 7), a probe by a tenth of the labels. In so short a run
 methods and networks are further apart than augmentations, the smaller network ahead; of the published effects
 none shows, and two epochs can't tell whether a long run has them. The predictor's cost is SimCLR's (-3.1 ±
 3.3; BYOL's -0.3 ± 4.7), and the momentum target's 0.0 is SimCLR's -1.5 ± 3.0 and BYOL's +1.5 ± 5.4."""),
