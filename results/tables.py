@@ -47,13 +47,14 @@ three: 10 to 11, MoCo v2 and BYOL 15 to 16; other work shared the core in the ot
 learn first; at these minutes nothing of the papers' rankings is to be expected."""),
     "long": ("Forty-five CPU-core minutes", """
 The small recipe on CIFAR-10 with 15 epochs (MoCo v2 and BYOL 12; NPID 22,528 images 48 times), two runs side
-by side on two cores. Two seeds show the order of curves that lie apart, and can't tell SimCLR from BA-SSL.
-These two lead from the first epoch on, over minutes and over images; SimCLR is above BA-SSL after 12 of 15
-epochs with seed 0 and after 8 with seed 1. NPID stays below MoCo v2's curve over images; over minutes it ends
-2.2 below it with seed 0, after 55 minutes for 47, and passes it after 39 with seed 1. On the test images its
-probe is 0.5 and 1.1 below MoCo v2's, its kNN 0.1 and 0.6 above. BYOL leaves the untrained network (36.9 and
-45.8 in the table of methods) by 6 and 12 points of kNN, by 8 and 16 of probe; its two seeds are
-7 points apart, the others' half a point at most."""),
+by side on two cores. With both seeds SimCLR and BA-SSL lead from the first epoch on, over minutes and over
+images; two seeds can't tell them apart: SimCLR is above after 12 of 15 epochs and after 8, over minutes most
+of the time with seed 0 alone. NPID stays below MoCo v2's curve over images, as far as that goes; over minutes
+it ends 2.2 below it with seed 0 and passes it at 39 with seed 1. An online kNN is of 1,000 images (± 1.6),
+NPID's of other ones, so that these two aren't told apart either: on the test images NPID's probe is 0.5 and
+1.1 below MoCo v2's, its kNN 0.1 and 0.6 above. BYOL leaves the untrained network (36.9 and 45.8 in the table
+of methods) by 6 and 12 points of kNN and by 8 and 16 of probe; its seeds are 7 points of probe apart, the
+others' half a point at most. Minutes of one method differ between seeds by up to a fifth."""),
     "bassl-look": ("Which fusion by default", """
 On held-out training images. The default was chosen here, by two of its five seeds: +0.5 ± 1.2 over five, but
 -0.1 ± 1.7 over the three that had no say in it; the adversary +0.2 ± 1.2. Four more kinds, which bassl.py
