@@ -60,8 +60,8 @@ On held-out training images. The default was chosen here, by two of its five see
 -0.1 ± 1.7 over the three that had no say in it; the adversary +0.2 ± 1.2. Four more kinds, which bassl.py
 has no more and which stand in the commit of their rows, had two seeds and no better mean over these."""),
     "bassl-batch": ("BA-SSL over batch size", """
-One view fused at a held gate against the plain framework, five seeds, 5,000 images five times: the paper's
-gain at small batches was not found. Runs of minutes can't show what 1,000 epochs would."""),
+One view fused at a held gate against the plain framework, 10,000 images five times, three seeds of five so
+far: the paper's gain at small batches was not found. Runs of minutes can't show what 1,000 epochs would."""),
     "bassl-fusion": ("Kinds of fusion", """
 Real pairs: four kinds of one, two and three layers, none better than the plain framework by its interval;
 5,000 images five times can't show what a longer run would. Unpaired ones with an open gate, where only a
