@@ -470,16 +470,16 @@ def list_images(dataset: str, root: pathlib.Path, split: str) -> tuple[pathlib.P
     if own and places:
         splits = SPLITS["train"] + SPLITS["test"]
         unread += [path for path in folders_in(places[0].parent) if path.name.lower() not in splits]
-    if not places and own and split == "train":
-        places = [root]
+    if not places and own and split == "train":  # DIR itself, but for what a probe is tested on
+        places, unread = [root], [path for path in folders_in(root) if path.name.lower() in SPLITS["test"]]
     if not places:
         raise UsageError(f"no {split} images for {dataset}: no folder {' or '.join(names)} in "
                          f"{' or '.join(map(str, roots))}; see --data")
     place = places[0]
-    if (place / "val_annotations.txt").is_file():
+    if (place / "val_annotations.txt").is_file() and (place / "images").is_dir():
         files, classes, note = list_tiny_imagenet_val(place)
     else:
-        files, classes, note = list_tree(place, IMAGENET100 if dataset == "imagenet100" else None)
+        files, classes, note = list_tree(place, IMAGENET100 if dataset == "imagenet100" else None, unread)
     named = f" in {len(classes)} classes ({', '.join(classes[:5])}{', ...' * (len(classes) > 5)})"
     note += [f"not read: {', '.join(map(str, unread))}"] if unread else []
     taken = f"{len(files)} images{named if classes else ' without classes'} below {place}"
@@ -487,14 +487,17 @@ def list_images(dataset: str, root: pathlib.Path, split: str) -> tuple[pathlib.P
     return place, files, classes
 
 
-def list_tree(root: pathlib.Path, only: list[str] | None = None) -> tuple[Files, list[str], list[str]]:
+def list_tree(root: pathlib.Path, only: list[str] | None = None,
+              unread: Iterable[pathlib.Path] = ()) -> tuple[Files, list[str], list[str]]:
     """root/<class>/.../*.jpg and the like, but hidden ones; without class folders one unlabelled set (-1).
-    A folder without images is no class. Third: what was left out, in words."""
+    A folder without images is no class, nor is one that is not to be read. Third: what was left out, in
+    words.
+    """
     found, loose, passed = {}, [], collections.Counter()
     for folder, _, names in sorted(os.walk(root, followlinks=True)):
         parts = pathlib.Path(folder).relative_to(root).parts
         for name in sorted(names):
-            if any(map(hidden, (*parts, name))):
+            if any(map(hidden, (*parts, name))) or parts and root / parts[0] in unread:
                 continue
             if name.lower().endswith(EXTENSIONS):
                 group = found.setdefault(parts[0], []) if parts else loose
@@ -592,10 +595,10 @@ def decoded(place: pathlib.Path, files: Files, classes: list[str], size: int, pa
         store = path.with_name(f"{path.name}-first-{limit}-{digest_of(dict(files))}.npy")
     store.parent.mkdir(parents=True, exist_ok=True)
     newest = max(modified(file) for file, _ in files)  # of 100,000 files: a third of a second
-    if modified(store) < newest:
+    if not store.exists() or modified(store) < newest:
         with open(store.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # a second run waits here until the first has made the map
-            if modified(store) < newest:
+            if not store.exists() or modified(store) < newest:
                 write_map([file for file, _ in files], size, store, workers)
                 os.utime(store, (max(newest, time.time()),) * 2)  # a file's time may lie ahead
     try:

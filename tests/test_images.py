@@ -167,6 +167,12 @@ def test_tiny_imagenet_as_published_but_for_a_hidden_folder(tmp_path):
     train, val = (load(tiny.parent, dataset="tinyimagenet", split=split) for split in ("train", "test"))
     assert train.classes == val.classes == ["n01", "n02"] and train.labels.tolist() == [0, 1]
     assert val.labels.tolist() == [1, 0, 1] and colours(val) == [0, 50, 100]
+    for i, name in enumerate(["n02", "n01", "n02"]):  # many sort them into folders, and leave the annotations
+        (tiny / "val" / name).mkdir(exist_ok=True)
+        (tiny / "val" / "images" / f"val_{i}.JPEG").rename(tiny / "val" / name / f"val_{i}.JPEG")
+    (tiny / "val" / "images").rmdir()
+    val = load(tiny.parent, dataset="tinyimagenet", split="test")
+    assert val.labels.tolist() == [0, 1, 1] and colours(val) == [50, 0, 100]
 
 
 def test_hidden_files_are_ignored_and_what_lies_deeper_is_found_whatever_its_extension(tmp_path):
@@ -195,6 +201,18 @@ def test_splits_of_your_own_images_go_by_the_usual_names_in_any_case(train, val,
     assert images.classes == test.classes == ["a", "b"]
     assert images.labels.tolist() == [0, 0, 1] and test.labels.tolist() == [0, 1, 1]
     assert f"train: 3 images in 2 classes (a, b) below {root / train}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("classes", [["a", "b"], []], ids=["classes", "flat"])
+@pytest.mark.parametrize("val", ["val", "Test"])
+def test_where_the_training_images_lie_beside_the_test_folder_they_are_read_without_it(
+        classes, val, tmp_path, capsys):
+    root = tree_of(tmp_path / "set", {**dict.fromkeys(classes or ["."], 3), f"{val}/a": 2, f"{val}/b": 1})
+    images = load(root)
+    assert images.classes == classes and len(images) == 3 * max(1, len(classes))
+    assert not [name for name in images.files if name.startswith(val)]
+    assert f"below {root}; not read: {root / val}\n" in capsys.readouterr().out
+    assert load(root, split="test").labels.tolist() == [0, 0, 1]
 
 
 def test_what_was_taken_and_what_was_not_is_one_line(tmp_path, capsys):
@@ -300,6 +318,11 @@ def test_broken_files_are_named_and_left_out_but_not_many_of_a_few_or_all(tmp_pa
         path.write_bytes(b"") if path.name in ("001.png", "003.png") else path.unlink()
     with pytest.raises(RunError, match="2 of 2 images do not decode"):
         load(tree, 10)
+    for path in (tree / "train" / "b").iterdir():  # as of a data set whose content was not fetched
+        path.unlink()
+        path.symlink_to("nowhere.png")
+    with pytest.raises(RunError, match="2 of 2 images do not decode"):
+        load(tree, 11)
     assert len(cached(tree)) == 4
 
 
