@@ -13,6 +13,7 @@ deviation. Differences are means over seeds, each within a seed, with a 95 % int
 `over NAME` to the nearest run of that method or of the untrained network that agrees in COMPARED.
 """
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -48,9 +49,9 @@ learn first; at these minutes nothing of the papers' rankings is to be expected.
     "long": ("Forty-five CPU-core minutes", """
 The small recipe on CIFAR-10 with 15 epochs (MoCo v2 and BYOL 12; NPID 22,528 images 48 times), two runs side
 by side on two cores. With both seeds SimCLR and BA-SSL lead from the first epoch on, over minutes and over
-images; two seeds can't tell them apart: SimCLR is above after 12 of 15 epochs and after 8, over minutes most
+images; two seeds can't tell them apart: SimCLR is above at 12 of the 15 epochs and at 8, over minutes most
 of the time with seed 0 alone. NPID stays below MoCo v2's curve over images, as far as that goes; over minutes
-it ends 2.2 below it with seed 0 and passes it at 39 with seed 1. An online kNN is of 1,000 images (± 1.6),
+it ends 2.2 below it with seed 0 and passes it in minute 39 with seed 1. An online kNN is of 1,000 images (± 1.6),
 NPID's of other ones, so that these two aren't told apart either: on the test images NPID's probe is 0.5 and
 1.1 below MoCo v2's, its kNN 0.1 and 0.6 above. BYOL leaves the untrained network (36.9 and 45.8 in the table
 of methods) by 6 and 12 points of kNN and by 8 and 16 of probe; its seeds are 7 points of probe apart, the
@@ -58,7 +59,7 @@ others' half a point at most. Minutes of one method differ between seeds by up t
     "bassl-look": ("Which fusion by default", """
 On held-out training images. The default was chosen here, by two of its five seeds: +0.5 ± 1.2 over five, but
 -0.1 ± 1.7 over the three that had no say in it; the adversary +0.2 ± 1.2. Four more kinds, which bassl.py
-has no more and which stand in the commit of their rows, had two seeds and no better mean over these."""),
+no longer has and which stand in the commit of their rows, had two seeds and no better mean over these."""),
     "bassl-batch": ("BA-SSL over batch size", """
 One view fused at a held gate against the plain framework, 10,000 images five times, three seeds of five so
 far: the paper's gain at small batches was not found. Runs of minutes can't show what 1,000 epochs would."""),
@@ -135,7 +136,7 @@ METRICS = {"knn_top1": "kNN", "knn20_top1": "kNN, k 20", "knn10_top1": "kNN, k 1
            "probe_top1": "probe", "linear_top1": "linear"}
 # Two runs are paired when they agree in these; rows that agree in all flags but the seed are one line.
 SETTINGS = ("dataset", "pretrained_on", "arch", "stem", "size", "view", "images", "epochs", "batch",
-            "effective_lr", "split", "fraction", "device", "precision", "probe_precision")
+            "effective_lr", "split", "fraction", "probe_data", "device", "precision", "probe_precision")
 COLUMNS = ("batch", "epochs", "limit", "view", "arch", "stem", "size")  # flags with a column of their own
 ANY = ("seed", "out", "data", "cache", "workers", "device", "save_every", "minutes", "knn_every",
        "fuse", "gate")  # the last two stand in the variant's name where there is a fusion
@@ -159,7 +160,7 @@ def read_rows(paths: list[pathlib.Path]) -> list[dict]:
                 cfg = row.get("config", {})  # none for a network that was not trained
                 # A flag that is off counts as one that the script did not have yet.
                 flags = {name: value for name, value in cfg.items() if value and name not in ANY}
-                rows.append({"dataset": row["dataset"], "probe_precision": "float32", **row,
+                rows.append({"dataset": row["dataset"], "probe_precision": "float32", "probe_data": "", **row,
                              "view": cfg.get("view"), "flags": str(flags)})
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             fail(f"{path} holds no result rows ({error})")
@@ -175,10 +176,13 @@ def group(rows: list[dict], keys: tuple) -> dict[tuple, list[dict]]:
 
 
 def lines_of(rows: list[dict]) -> list[list[dict]]:
-    """The rows of each line of a table: runs that differ in the seed alone. The untrained network first, then
-    by batch, else in the order of the rows."""
-    rows = sorted(rows, key=lambda row: (row["method"] != "random", row.get("batch") or 0))
-    return list(group(rows, (*SETTINGS, "method", "variant", "flags")).values())
+    """The rows of each line of a table: runs that differ in the seed alone; a second probe of one run, as by
+    another --lr, is of another line. The untrained network first, then by batch, else in the rows' order."""
+    rows, lines = sorted(rows, key=lambda row: (row["method"] != "random", row.get("batch") or 0)), []
+    for alike in group(rows, (*SETTINGS, "method", "variant", "flags")).values():
+        of_each_seed = group(alike, ("seed",)).values()
+        lines += [[row for row in line if row] for line in itertools.zip_longest(*of_each_seed)]
+    return lines
 
 
 def spread(values: list[float], digits: int = 1) -> str:
@@ -304,7 +308,7 @@ def comparison(rows: list[dict], keys: tuple) -> str:
 def table(rows: list[dict], published: bool = False) -> str:
     """One Markdown table a data set; if asked for, the published numbers of its methods in italics below."""
     text = []
-    for (dataset,), part in group(rows, ("dataset",)).items():
+    for (dataset, folder), part in group(rows, ("dataset", "probe_data")).items():
         lines = []
         for same in lines_of(part):
             line = table_line(same)
@@ -321,7 +325,7 @@ def table(rows: list[dict], published: bool = False) -> str:
                 line = cells.setdefault((source, method), {"method": method, "variant": f"*{source}*"})
                 line[METRICS.get(metric, metric)] = f"*{sets[dataset][method]:g}*"
         lines += sorted(cells.values(), key=lambda line: line["method"])
-        text += [f"**{dataset}**", "", markdown(lines), ""]
+        text += [f"**{dataset} {folder or ''}".strip() + "**", "", markdown(lines), ""]
     return "\n".join(text)
 
 

@@ -63,6 +63,18 @@ def test_a_line_has_the_mean_of_its_seeds_and_the_flags_that_differ_and_the_cont
     assert [line["flags"] for line in cells(tables.table(rows))] == ["--lr 0.1", "--lr 0.2"]
 
 
+def test_probes_of_one_run_are_no_seeds_and_another_folder_is_another_set():
+    rows = [row(seed=s, variant=v, probe_seed=p, probe_top1=10.0 * s + p + len(v))
+            for v in ("simclr", "simclr + fused") for p in (0, 1) for s in (0, 1)]
+    lines = cells(tables.table(rows))
+    assert [line["seeds"] for line in lines] == ["0 1"] * 4
+    assert [line["probe"][:4] for line in lines] == ["11.0", "12.0", "19.0", "20.0"]
+    rows = [row(dataset="folder", probe_data=name, probe_top1=50.0) for name in ("birds", "flowers")]
+    assert [line["seeds"] for line in cells(tables.table(rows[:1]))] == ["0"]
+    text = tables.table(rows)
+    assert "**folder birds**" in text and "**folder flowers**" in text and "±" not in text
+
+
 def test_published_numbers_stand_in_italics_below_and_wrong_files_are_named(tmp_path, capsys):
     rows = [row(dataset="cifar10", linear_top1=60.0)]
     lines = cells(tables.table(rows, published=True))
