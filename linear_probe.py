@@ -11,7 +11,7 @@ Features are the average-pooled outputs of the bare backbone in eval mode, in bf
 (--amp); heads are fitted in float32. Metrics are top-1 in percent:
     knn_top1      cosine kNN, k = 200, T = 0.1 (lightly)
     knn20_top1    cosine kNN, k = 20, T = 0.07 (solo-learn)
-    knn10_top1    cosine kNN, k = 10, every neighbour one vote (single-file repos)
+    knn10_top1    cosine kNN, k = 10, every neighbour one vote (dkobak/simclr-cifar10)
     probe_top1    logistic regression on cached features; L-BFGS, L2 chosen on a tenth of the training images
     linear_top1   SGD on normalised features: lr 0.1 x batch/256, momentum 0.9, no decay, cosine, views by
                   crop (0.08, 1) and flip
@@ -20,6 +20,7 @@ images, for choices. The row goes to results.jsonl beside the backbone, in place
 probe, and is rewritten as its metrics come.
 """
 import dataclasses
+import fcntl
 import hashlib
 import json
 import math
@@ -42,10 +43,10 @@ from common import BatchAugment, ImageSet, RunError, UsageError, features, knn, 
 
 @dataclass
 class Config:
-    backbone: str = ""           # file that holds a ResNet with torchvision's keys: see load_backbone
+    backbone: str = ""           # file of a ResNet's weights, torchvision's keys below any prefix
     random: bool = False         # probe an untrained network; with --backbone, one like the one in that file
     dataset: common.Dataset | None = None  # what to probe on; without: the backbone's own set, or shapes
-    data: str | None = None      # where the images are; without: where they were for the pretraining, or data
+    data: str | None = None      # where the images are; without: where the pretraining had them, or ./data
     arch: common.Arch | None = None  # without: the file's; --random: the small or full recipe's
     stem: common.Stem = "auto"   # auto = the file's, or cifar up to 64 px
     size: int | None = None      # pixels of the input; without: the set's, with the CIFAR stem the training's
@@ -57,7 +58,7 @@ class Config:
     batch: int = 256             # SGD probe
     seed: int | None = None      # of SGD probe, labels, random network; without: the pretraining's, or 0
     out: str = ""                # folder of results.jsonl; empty = the backbone's, or runs/<dataset>/random
-    cache: str | None = None     # folder that keeps decoded images; without: the pretraining's, or cache
+    cache: str | None = None     # folder that keeps decoded images; without: the pretraining's, or ./cache
     workers: int = 0             # threads that decode images, once per set; 0 = one a core
     device: str = "auto"         # auto = the accelerator that torch finds, else cpu
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # of features; auto = bf16 where the hardware has it
@@ -336,8 +337,11 @@ def load_splits(cfg: Config) -> tuple[ImageSet, ImageSet]:
             test = common.load_images(cfg.dataset, cfg.data, split="test", **options)
         except UsageError as error:
             raise UsageError(f"{error}; --split held-out tests on a tenth of the training images") from None
+        if not test.classes:
+            raise UsageError("the test images have no classes; --split held-out tests on a tenth of the "
+                             "training images")
         foreign = sorted({*test.classes} - {*train.classes})
-        if foreign or not test.classes:
+        if foreign:
             raise UsageError(f"test images of classes that the training images have not: {foreign[:5]}")
         place = torch.tensor([train.classes.index(name) for name in test.classes])  # an empty class is none
         test = dataclasses.replace(test, labels=place[test.labels], classes=train.classes)
@@ -472,9 +476,12 @@ def probe(cfg: Config) -> dict | None:
         row.update({metric: round(value, 2), "probe_minutes": round((time.monotonic() - began) / 60, 2)})
         if rank() == 0:
             results.parent.mkdir(parents=True, exist_ok=True)
-            with common.replacing(results) as file:
-                lines = [json.dumps(r) for r in rows if r not in replaced] + [json.dumps(row)]
-                file.write(("\n".join(lines) + "\n").encode())
+            with open(results.with_suffix(".lock"), "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # of two probes at once both rows stay
+                lines = [json.dumps(r) for r in read_rows(results) if r not in replaced] + [json.dumps(row)]
+                with common.replacing(results) as file:
+                    file.write(("\n".join(lines) + "\n").encode())
+            replaced.append(json.loads(lines[-1]))  # by the next metric's
 
     if rank() == 0:  # the others wait at the SGD probe, which all share, or are done
         add("knn_top1", knn(train_x, train_y, test_x, test_y))

@@ -41,14 +41,14 @@ from torch import Tensor, nn
 
 @dataclass
 class Config:
-    init: Literal["augmented", "random"] = "augmented"  # bank rows at the start: see calibrate
+    init: Literal["augmented", "random"] = "augmented"  # bank rows at the start: a forward pass, or random
     update: Literal["grad", "ema"] = "grad"  # bank rule: cross-entropy's gradient (paper), or NPID's average
     lambda_kl: float = 20.0         # weight of the self-distillation term, 0 = off; official run.sh
     power: float = 0.5              # u = p^power renormalised; paper (square root)
     temper_kl: bool = False         # divide the KL term's logits by tau too; off in the official code
     cutmix: float | None = None     # alpha of CutMix's Beta distribution, 0 = off
     tau: float = 0.2                # softmax temperature of the cross-entropy; official run.sh
-    bank_momentum: float = 0.5      # m of the bank update; official run.sh
+    bank_momentum: float = 0.5      # share of a row that its update keeps; official run.sh
     negatives: int | None = None    # rows sampled per step beside the batch's; 0 = all
     dim: int | None = None          # width of the embedding and of the bank
 

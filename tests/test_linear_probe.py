@@ -365,12 +365,28 @@ def test_test_labels_go_by_the_training_sets_names_and_a_missing_split_says_what
         probe_folder("--seed", 1)
     shutil.rmtree(root / "test")
     shutil.copytree(root / "train" / "c", root / "test")             # images without classes
-    with pytest.raises(UsageError, match="training images have not"):
+    with pytest.raises(UsageError, match="test images have no classes; --split held-out"):
         probe_folder("--seed", 2)
     for path in sorted((root / "train").rglob("*.png"))[8:]:
         path.unlink()
     with pytest.raises(UsageError, match="takes a tenth of the training images, of 8 none"):
         probe_folder("--split", "held-out")
+
+
+def test_of_two_probes_of_one_folder_at_once_both_rows_stay(backbone, few, monkeypatch):
+    knn, other = linear_probe.knn, ["--backbone", backbone, "--no-quick", "--fraction", 0.5]
+
+    def meanwhile(*args):
+        if other:
+            flags = other[:]
+            other.clear()
+            probe(*flags)
+        return knn(*args)
+
+    monkeypatch.setattr(linear_probe, "knn", meanwhile)
+    probe("--backbone", backbone, "--no-quick")
+    rows = rows_of(backbone.parent)
+    assert [row["fraction"] for row in rows] == [0.5, 1.0] and all("knn10_top1" in row for row in rows)
 
 
 def test_neighbours_are_drawn_and_no_row_is_written(backbone, few, tmp_path):
