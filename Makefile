@@ -17,8 +17,9 @@ $(error OUT="$(OUT)": want one folder without a space in its name, which make wo
 endif
 # In a recipe: where torch finds no accelerator, two runs stand side by side on half of the cores each.
 ASK    = $(PYTHON) -c 'import torch; print(2 - torch.accelerator.is_available())' 2>/dev/null || echo 2
+CORES  = env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN
 SIDES  = side=$$($(ASK)); \
-         cores=$$(getconf _NPROCESSORS_ONLN); export OMP_NUM_THREADS=$$(( cores > side ? cores / side : 1 ))
+         cores=$$($(CORES)); export OMP_NUM_THREADS=$$(( cores > side ? cores / side : 1 ))
 FOUND  = --data '$(DATA)' --cache '$(CACHE)'
 
 .DEFAULT_GOAL := help
@@ -32,7 +33,7 @@ help:
 	@echo 'make NAME          the table of results/NAME.sh: $(TABLES)'
 	@echo 'make test          the test suite          make soak    the checks that take longer'
 	@echo 'make bench         a step of each method against the floor of its network'
-	@echo 'variables, with their defaults:'
+	@echo 'variables, with their defaults (make NAME reads data/ and writes cache/ and runs/; links will do):'
 	@echo '  METHODS="$(METHODS)"   of these, moco byol simsiam swav barlow vicreg dino'
 	@echo '  ARGS=""            further flags of every pretraining, as ARGS="--recipe cifar --seed 1"'
 	@echo '  PROBE=""           further flags of every probe, as PROBE="--epochs 100"'
@@ -73,8 +74,9 @@ $(TABLES): $(ENV)
 	$(SIDES); PATH="$(abspath $(dir $(PYTHON))):$$PATH" bash results/$@.sh
 
 # In two halves side by side: most of a test's time is a script that starts.
+SYNC := $(if $(filter output-sync,$(.FEATURES)),-O)  # not in macOS's make
 test: $(ENV)
-	+@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 -O test-1 test-2
+	+@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 $(SYNC) test-1 test-2
 HALF := $(wildcard $(patsubst %,tests/test_%.py,cli bassl linear_probe recipes images cuda processes))
 test-1:
 	$(PYTHON) -m pytest -q $(HALF)

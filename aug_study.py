@@ -380,6 +380,8 @@ def train(cfg) -> None:
         method = switched(cfg.methods, cfg.predictor, cfg.momentum)
     except ValueError as error:
         raise UsageError(str(error)) from None
+    if method.queue and not cfg.queue:
+        raise UsageError("--queue 0: want one key or more")
     views = AUGMENTATIONS[aug]
     folder = "study-simclr" if cfg.methods == "simclr" else cfg.methods  # runs/<dataset>/simclr is bassl.py's
     smallest = local_size(cfg.view) if views.locals else cfg.view

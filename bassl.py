@@ -332,6 +332,8 @@ def train(cfg) -> None:
     """One pretraining run, start to finish; cfg as common.parse(Config, ...) gives it."""
     from common import BatchAugment, Run, UsageError, gather, save_grid
 
+    if FRAMEWORKS[cfg.framework].has_queue and not cfg.queue:
+        raise UsageError("--queue 0: want one key or more")
     folder = f"{'bassl' if cfg.layers else 'plain'}-{cfg.framework}"
     folder = {"bassl-simclr": "bassl", "plain-simclr": "simclr"}.get(folder, folder)  # as make names them
     load_backbone = None

@@ -51,10 +51,12 @@ def start(script, *flags):
     ("bassl.py", "--device cuda:77", "--device cuda:77: "),
     ("bassl.py", "--dataset imagenet1k --data nowhere", "--data .*nowhere: no such folder"),
     ("bassl.py", "--patch 5", "patch 5 .*16"),
+    ("bassl.py", "--framework moco --queue 0", "--queue 0: want one key"),
     ("bassl.py", "--dataset imagenet100 --recipe small", "--recipe small is for"),
     ("npid_distill.py", "--tau 0", "--tau 0.*above 0"),
     ("npid_distill.py", "--optimizer adamw", "give --lr"),
     ("aug_study.py", "--methods none", "--methods none: want one of simclr, "),
+    ("aug_study.py", "--methods moco --queue 0", "--queue 0: want one key"),
     ("aug_study.py", "--methods simsiam --predictor off", "collapses"),
     ("aug_study.py", "--methods dino --momentum off", "collapses"),
     ("aug_study.py", "--methods swav --predictor on", "no published form"),
@@ -254,6 +256,7 @@ def test_the_readmes_ninth_method_trains(small, train, monkeypatch):
 
 
 def test_make_quotes_a_folder_with_a_space_and_asks_torch_how_many_runs_stand_side_by_side(tmp_path):
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     for side in (1, 2):
         stub = tmp_path / "python"
         stub.write_text(f"""#!/bin/sh
@@ -261,7 +264,7 @@ case "$1" in -c) echo {side};; *) echo "threads $OMP_NUM_THREADS" "$@";; esac
 """)
         stub.chmod(0o755)
         printed = make("cifar10", f"PYTHON={stub}", "DATA=~/my data", "METHODS=npid", f"OUT={tmp_path}/runs")
-        threads = max(1, os.cpu_count() // side)
+        threads = max(1, cores // side)
         assert f"threads {threads} npid_distill.py" in printed
         assert printed.count("--data '~/my data'") == 3  # as make echoes it, in three commands
     done = subprocess.run(["make", "cifar10", "OUT=my runs"], cwd=ROOT, capture_output=True, text=True)
