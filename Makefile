@@ -33,7 +33,7 @@ help:
 	@echo 'make NAME          the table of results/NAME.sh: $(TABLES)'
 	@echo 'make test          the test suite          make soak    the checks that take longer'
 	@echo 'make bench         a step of each method against the floor of its network'
-	@echo 'variables, with their defaults (make NAME reads data/ and writes cache/ and runs/; links will do):'
+	@echo 'variables, with their defaults (make NAME has data/, cache/ and runs/, which may be links):'
 	@echo '  METHODS="$(METHODS)"   of these, moco byol simsiam swav barlow vicreg dino'
 	@echo '  ARGS=""            further flags of every pretraining, as ARGS="--recipe cifar --seed 1"'
 	@echo '  PROBE=""           further flags of every probe, as PROBE="--epochs 100"'

@@ -467,16 +467,18 @@ def list_images(dataset: str, root: pathlib.Path, split: str) -> tuple[pathlib.P
         below = {path.name.lower() if own else path.name: path for path in folders_in(folder)}
         places += [below[name] for name in names if name in below]
     unread = places[1:]
-    if own and places:
-        splits = SPLITS["train"] + SPLITS["test"]
-        unread += [path for path in folders_in(places[0].parent) if path.name.lower() not in splits]
-    if not places and own and split == "train":  # DIR itself, but for what a probe is tested on
-        places, unread = [root], [path for path in folders_in(root) if path.name.lower() in SPLITS["test"]]
+    if own and {*SPLITS["train"]} & {*below}:
+        unread += [path for name, path in below.items() if name not in SPLITS["train"] + SPLITS["test"]]
+    elif own and split == "train":  # DIR itself, but for what a probe is tested on
+        places, unread = [root], [path for name, path in below.items() if name in SPLITS["test"]]
     if not places:
         raise UsageError(f"no {split} images for {dataset}: no folder {' or '.join(names)} in "
                          f"{' or '.join(map(str, roots))}; see --data")
     place = places[0]
-    if (place / "val_annotations.txt").is_file() and (place / "images").is_dir():
+    annotated = (place / "val_annotations.txt").is_file()
+    if annotated and folders_in(place / "images"):  # sorted by class there, as many scripts do
+        place = place / "images"
+    if annotated and any((place / "images").glob("*.JPEG")):
         files, classes, note = list_tiny_imagenet_val(place)
     else:
         files, classes, note = list_tree(place, IMAGENET100 if dataset == "imagenet100" else None, unread)
@@ -496,8 +498,10 @@ def list_tree(root: pathlib.Path, only: list[str] | None = None,
     found, loose, passed = {}, [], collections.Counter()
     for folder, _, names in sorted(os.walk(root, followlinks=True)):
         parts = pathlib.Path(folder).relative_to(root).parts
+        if parts and root / parts[0] in unread:
+            continue
         for name in sorted(names):
-            if any(map(hidden, (*parts, name))) or parts and root / parts[0] in unread:
+            if any(map(hidden, (*parts, name))):
                 continue
             if name.lower().endswith(EXTENSIONS):
                 group = found.setdefault(parts[0], []) if parts else loose
@@ -516,7 +520,7 @@ def list_tree(root: pathlib.Path, only: list[str] | None = None,
     files = files or [(file, -1) for file in loose]
     if not files:
         wanted = f"{root} holds no images: want {root}/<class>/*.jpg (or .png, ...)"
-        raise RunError("; ".join([wanted, *note]))
+        raise RunError("; ".join([wanted, *note, *(f"not read: {path}" for path in unread)]))
     return files, classes, note
 
 

@@ -1,6 +1,7 @@
 """Folders of images: photos of any shape, odd files and layouts, the map that they are decoded into."""
 import collections
 import os
+import shutil
 import struct
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -170,9 +171,11 @@ def test_tiny_imagenet_as_published_but_for_a_hidden_folder(tmp_path):
     for i, name in enumerate(["n02", "n01", "n02"]):  # many sort them into folders, and leave the annotations
         (tiny / "val" / name).mkdir(exist_ok=True)
         (tiny / "val" / "images" / f"val_{i}.JPEG").rename(tiny / "val" / name / f"val_{i}.JPEG")
-    (tiny / "val" / "images").rmdir()
-    val = load(tiny.parent, dataset="tinyimagenet", split="test")
-    assert val.labels.tolist() == [0, 1, 1] and colours(val) == [50, 0, 100]
+    for place in (tiny / "val", tiny / "val" / "images"):
+        for name in ("n01", "n02"):
+            (tiny / "val" / name).rename(place / name)
+        val = load(tiny.parent, dataset="tinyimagenet", split="test")
+        assert val.labels.tolist() == [0, 1, 1] and colours(val) == [50, 0, 100]
 
 
 def test_hidden_files_are_ignored_and_what_lies_deeper_is_found_whatever_its_extension(tmp_path):
@@ -213,6 +216,11 @@ def test_where_the_training_images_lie_beside_the_test_folder_they_are_read_with
     assert not [name for name in images.files if name.startswith(val)]
     assert f"below {root}; not read: {root / val}\n" in capsys.readouterr().out
     assert load(root, split="test").labels.tolist() == [0, 0, 1]
+    assert f"below {root / val}\n" in capsys.readouterr().out  # and of the training classes no word
+    for name in classes or ["0.png", "1.png", "2.png"]:
+        shutil.rmtree(root / name) if classes else (root / name).unlink()
+    with pytest.raises(RunError, match=f"{root} holds no images.*; not read: {root / val}"):
+        load(root)
 
 
 def test_what_was_taken_and_what_was_not_is_one_line(tmp_path, capsys):
