@@ -470,6 +470,10 @@ def probe(cfg: Config) -> dict | None:
     for old in completed:
         row |= {name: value for name, value in old.items() if name in kept}
 
+    def superseded(old: dict) -> bool:  # by row: the same probe, with no metric more
+        same = all(old.get(name) == row[name] for name in (*key, "probe_names", "linear_epochs"))
+        return same and old.keys() <= row.keys()
+
     def add(metric: str, value: float) -> None:
         if fingerprint(encoder) != digest:
             raise RunError("the backbone changed while it was probed: this is a bug, and no row is written")
@@ -478,10 +482,9 @@ def probe(cfg: Config) -> dict | None:
             results.parent.mkdir(parents=True, exist_ok=True)
             with open(results.with_suffix(".lock"), "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # of two probes at once both rows stay
-                lines = [json.dumps(r) for r in read_rows(results) if r not in replaced] + [json.dumps(row)]
+                kept = [old for old in read_rows(results) if old not in replaced and not superseded(old)]
                 with common.replacing(results) as file:
-                    file.write(("\n".join(lines) + "\n").encode())
-            replaced.append(json.loads(lines[-1]))  # by the next metric's
+                    file.write("".join(json.dumps(line) + "\n" for line in [*kept, row]).encode())
 
     if rank() == 0:  # the others wait at the SGD probe, which all share, or are done
         add("knn_top1", knn(train_x, train_y, test_x, test_y))

@@ -387,6 +387,9 @@ def test_of_two_probes_of_one_folder_at_once_both_rows_stay(backbone, few, monke
     probe("--backbone", backbone, "--no-quick")
     rows = rows_of(backbone.parent)
     assert [row["fraction"] for row in rows] == [0.5, 1.0] and all("knn10_top1" in row for row in rows)
+    other[:] = ["--backbone", backbone, "--no-quick", "--seed", 5]  # and of one probe twice at once one
+    probe(*other)
+    assert len(rows_of(backbone.parent)) == 3
 
 
 def test_neighbours_are_drawn_and_no_row_is_written(backbone, few, tmp_path):
