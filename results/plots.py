@@ -37,15 +37,20 @@ def draw_long(path: pathlib.Path):
 
 
 def draw_bassl_batch(path: pathlib.Path):
-    """The fusion's effect over the batch, with its 95 % interval over seeds."""
+    """The fusion's effect over the batch, with its 95 % interval over seeds, a colour a processor."""
     rows = read_rows([path])
     figure, [panel] = panels(1, xlabel="batch", ylabel="BA-SSL - SimCLR, points of probe")
+    batches = sorted({row["batch"] for row in rows})
+    devices = list(dict.fromkeys(row["device"] for row in rows))
     for same in lines_of(rows):
-        found = differences(same, rows)
+        found, batch, n = differences(same, rows), same[0]["batch"], devices.index(same[0]["device"])
         if len(found) > 1:
-            mean, half = mean_and_half(found)
-            panel.errorbar(str(same[0]["batch"]), mean, half, fmt="C0o", capsize=4)
+            label = f"{devices[n].split(',')[0]}, {len(found)} seeds" if batch == batches[0] else None
+            place = batches.index(batch) + 0.2 * (n - (len(devices) - 1) / 2)
+            panel.errorbar(place, *mean_and_half(found), fmt=f"C{n}o", capsize=4, label=label)
+    panel.set_xticks(range(len(batches)), batches)
     panel.axhline(0, color="0.5")
+    panel.legend(fontsize="small")
     return figure
 
 

@@ -49,20 +49,23 @@ learn first; at these minutes nothing of the papers' rankings is to be expected.
     "long": ("Forty-five CPU-core minutes", """
 The small recipe on CIFAR-10 with 15 epochs (MoCo v2 and BYOL 12; NPID 22,528 images 48 times), two runs side
 by side on two cores. With both seeds SimCLR and BA-SSL lead from the first epoch on, over minutes and over
-images; two seeds can't tell them apart: SimCLR is above at 12 of the 15 epochs and at 8, over minutes most
-of the time with seed 0 alone. NPID stays below MoCo v2's curve over images, as far as that goes; over minutes
-it ends 2.2 below it with seed 0 and passes it in minute 39 with seed 1. An online kNN is of 1,000 images (± 1.6),
-NPID's of other ones, so that these two aren't told apart either: on the test images NPID's probe is 0.5 and
-1.1 below MoCo v2's, its kNN 0.1 and 0.6 above. BYOL leaves the untrained network (36.9 and 45.8 in the table
-of methods) by 6 and 12 points of kNN and by 8 and 16 of probe; its seeds are 7 points of probe apart, the
-others' half a point at most. Minutes of one method differ between seeds by up to a fifth."""),
+images; two seeds can't tell them apart: SimCLR is above at 12 of the 15 epochs and at 8, over minutes most of
+the time with seed 0 alone. NPID stays below MoCo v2's curve over images, as far as that goes; over minutes it
+ends 2.2 below it with seed 0 and passes it in minute 39 with seed 1. An online kNN is of 1,000 images (±
+1.6), NPID's of other ones, so that these two aren't told apart either: on the test images NPID's probe is 0.5
+and 1.1 below MoCo v2's, its kNN 0.1 and 0.6 above. BYOL leaves the untrained network (36.9 and 45.8 in the
+table of methods) by 6 and 12 points of kNN and by 8 and 16 of probe; its seeds are 7 points of probe apart,
+the others' half a point at most. Minutes of one method differ between seeds by up to a fifth."""),
     "bassl-look": ("Which fusion by default", """
 On held-out training images. The default was chosen here, by two of its five seeds: +0.5 ± 1.2 over five, but
 -0.1 ± 1.7 over the three that had no say in it; the adversary +0.2 ± 1.2. Four more kinds, which bassl.py
 no longer has and which stand in the commit of their rows, had two seeds and no better mean over these."""),
     "bassl-batch": ("BA-SSL over batch size", """
-One view fused at a held gate against the plain framework, 10,000 images five times, three seeds of five so
-far: the paper's gain at small batches was not found. Runs of minutes can't show what 1,000 epochs would."""),
+One view fused at a held gate against the plain framework, 10,000 images five times: ten seeds on an EPYC,
+three of them on a Xeon too. The paper's gain at small batches was not found, as every interval has zero in
+it. Runs of minutes can't show what 1,000 epochs would, and few seeds mislead: the first five had +0.7 ± 0.4
+at batch 128, and the same run with the same seed is up to 1.7 points of probe better or worse on the other
+processor, whose sums round otherwise."""),
     "bassl-fusion": ("Kinds of fusion", """
 Real pairs: four kinds of one, two and three layers, none better than the plain framework by its interval;
 5,000 images five times can't show what a longer run would. Unpaired ones with an open gate, where only a
@@ -137,6 +140,7 @@ METRICS = {"knn_top1": "kNN", "knn20_top1": "kNN, k 20", "knn10_top1": "kNN, k 1
 # Two runs are paired when they agree in these; rows that agree in all flags but the seed are one line.
 SETTINGS = ("dataset", "pretrained_on", "arch", "stem", "size", "view", "images", "epochs", "batch",
             "effective_lr", "split", "fraction", "probe_data", "device", "precision", "probe_precision")
+PROBE = ("probe_lr", "probe_batch", "linear_epochs")  # what else a line's rows agree in: its SGD probe
 COLUMNS = ("batch", "epochs", "limit", "view", "arch", "stem", "size")  # flags with a column of their own
 ANY = ("seed", "out", "data", "cache", "workers", "device", "save_every", "minutes", "knn_every",
        "fuse", "gate")  # the last two stand in the variant's name where there is a fusion
@@ -179,7 +183,7 @@ def lines_of(rows: list[dict]) -> list[list[dict]]:
     """The rows of each line of a table: runs that differ in the seed alone; a second probe of one run, as by
     another --lr, is of another line. The untrained network first, then by batch, else in the rows' order."""
     rows, lines = sorted(rows, key=lambda row: (row["method"] != "random", row.get("batch") or 0)), []
-    for alike in group(rows, (*SETTINGS, "method", "variant", "flags")).values():
+    for alike in group(rows, (*SETTINGS, *PROBE, "method", "variant", "flags")).values():
         of_each_seed = group(alike, ("seed",)).values()
         lines += [[row for row in line if row] for line in itertools.zip_longest(*of_each_seed)]
     return lines
@@ -262,8 +266,9 @@ def varied(row: dict, rows: list[dict]) -> str:
 
 
 def unlike(row: dict, other: dict) -> tuple[int, float]:
-    """How far two runs are apart: flags that differ, then minutes."""
+    """How far two rows are apart: flags that differ, the probe's among them, then minutes."""
     flags = [row.get("config", {}).get(name) != value for name, value in other.get("config", {}).items()]
+    flags += [row.get(name) != other.get(name) for name in (*PROBE, "probe_seed")]
     return sum(flags), abs((row.get("minutes") or 0) - (other.get("minutes") or 0))
 
 
@@ -316,6 +321,8 @@ def table(rows: list[dict], published: bool = False) -> str:
             line["effect on probe"] = points(differences(same, part))
             if len({row["sha"] for row in rows if "sha" in row}) > 1:
                 line["commit"] = " ".join(dict.fromkeys(row["sha"][:7] for row in same))
+            if len({row.get("device") for row in rows}) > 1:
+                line["device"] = same[0].get("device")
             lines.append(line)
         names = {row["variant"].split(" ")[0].rstrip(",") for row in part}
         names |= {row["method"] for row in part if row["method"] != "bassl" or "fusion" in row["variant"]}

@@ -69,6 +69,9 @@ def test_probes_of_one_run_are_no_seeds_and_another_folder_is_another_set():
     lines = cells(tables.table(rows))
     assert [line["seeds"] for line in lines] == ["0 1"] * 4
     assert [line["probe"][:4] for line in lines] == ["11.0", "12.0", "19.0", "20.0"]
+    assert [line["effect on probe"] for line in lines] == ["", "", "+8.0 ± 0.0", "+8.0 ± 0.0"]
+    rows = [row(seed=s, probe_lr=lr, probe_top1=10 * lr) for s, lr in ((0, 1), (0, 2), (1, 2), (1, 1))]
+    assert [line["probe"] for line in cells(tables.table(rows))] == ["10.0 ± 0.0", "20.0 ± 0.0"]
     rows = [row(dataset="folder", probe_data=name, probe_top1=50.0) for name in ("birds", "flowers")]
     assert [line["seeds"] for line in cells(tables.table(rows[:1]))] == ["0"]
     text = tables.table(rows)
