@@ -39,7 +39,7 @@ def draw_long(path: pathlib.Path):
 def draw_bassl_batch(path: pathlib.Path):
     """The fusion's effect over the batch, with its 95 % interval over seeds, a colour a processor."""
     rows = read_rows([path])
-    figure, [panel] = panels(1, xlabel="batch", ylabel="BA-SSL - SimCLR, points of probe")
+    figure, [panel] = panels(1, xlabel="batch", ylabel="points of probe, 95 %", title="BA-SSL over SimCLR")
     batches = sorted({row["batch"] for row in rows})
     devices = list(dict.fromkeys(row["device"] for row in rows))
     for same in lines_of(rows):
@@ -50,7 +50,8 @@ def draw_bassl_batch(path: pathlib.Path):
             panel.errorbar(place, *mean_and_half(found), fmt=f"C{n}o", capsize=4, label=label)
     panel.set_xticks(range(len(batches)), batches)
     panel.axhline(0, color="0.5")
-    panel.legend(fontsize="small")
+    panel.margins(y=0.25)  # room for the legend
+    panel.legend(fontsize="small", loc="upper right")
     return figure
 
 

@@ -62,10 +62,10 @@ On held-out training images. The default was chosen here, by two of its five see
 no longer has and which stand in the commit of their rows, had two seeds and no better mean over these."""),
     "bassl-batch": ("BA-SSL over batch size", """
 One view fused at a held gate against the plain framework, 10,000 images five times: ten seeds on an EPYC,
-three of them on a Xeon too. The paper's gain at small batches was not found, as every interval has zero in
-it. Runs of minutes can't show what 1,000 epochs would, and few seeds mislead: the first five had +0.7 ± 0.4
-at batch 128, and the same run with the same seed is up to 1.7 points of probe better or worse on the other
-processor, whose sums round otherwise."""),
+three of them on a Xeon too. The paper's gain at small batches was not found: every interval of the probe's
+effect has zero in it. Runs of minutes can't show what 1,000 epochs would, and few seeds mislead: the EPYC's
+first five alone had +0.7 ± 0.4 at batch 128, and the same run with the same seed is up to 1.7 points of probe
+better or worse on the other processor."""),
     "bassl-fusion": ("Kinds of fusion", """
 Real pairs: four kinds of one, two and three layers, none better than the plain framework by its interval;
 5,000 images five times can't show what a longer run would. Unpaired ones with an open gate, where only a
