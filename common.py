@@ -937,9 +937,10 @@ class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         side = (max(x.shape[2:]) + 2 * self.padding[0] - self.kernel_size[0]) // self.stride[0] + 1
-        # The rule that results/bench/convs.jsonl tells: 256 views, one core with AMX and a cache of 2 MiB.
-        all_parts = side <= (4 if self.weight.numel() * dtype.itemsize > 2**21 else 2)
+        # The rule that results/bench/convs.jsonl tells: 256 views, one core of a Xeon with AMX or an EPYC
+        # without. In float32 the Xeon alone would gain by more.
         weight_alone = side <= 4 and dtype == torch.bfloat16
+        all_parts = side <= 2 or weight_alone and self.weight.numel() > 2**20
         if not (x.is_cpu and (all_parts or weight_alone)):
             return super().forward(x)
         x, weight = (t.to(dtype, memory_format=torch.channels_last) for t in (x, self.weight))
