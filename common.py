@@ -598,11 +598,11 @@ def decoded(place: pathlib.Path, files: Files, classes: list[str], size: int, pa
         files, order = chosen, torch.arange(limit)
         store = path.with_name(f"{path.name}-first-{limit}-{digest_of(dict(files))}.npy")
     store.parent.mkdir(parents=True, exist_ok=True)
-    newest = max(modified(file) for file, _ in files)  # of 100,000 files: a third of a second
-    if not store.exists() or modified(store) < newest:
+    newest = max(0, max(modified(file) for file, _ in files))  # of 100,000 files: a third of a second
+    if modified(store) < newest:
         with open(store.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # a second run waits here until the first has made the map
-            if not store.exists() or modified(store) < newest:
+            if modified(store) < newest:
                 write_map([file for file, _ in files], size, store, workers)
                 os.utime(store, (max(newest, time.time()),) * 2)  # a file's time may lie ahead
     try:

@@ -470,7 +470,8 @@ def probe(cfg: Config) -> dict | None:
     for old in completed:
         row |= {name: value for name, value in old.items() if name in kept}
 
-    def superseded(old: dict) -> bool:  # by row: the same probe, with no metric more
+    def superseded(old: dict) -> bool:
+        """Whether an older row is of the same probe, with no metric more."""
         same = all(old.get(name) == row[name] for name in (*key, "probe_names", "linear_epochs"))
         return same and old.keys() <= row.keys()
 
@@ -482,9 +483,9 @@ def probe(cfg: Config) -> dict | None:
             results.parent.mkdir(parents=True, exist_ok=True)
             with open(results.with_suffix(".lock"), "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # of two probes at once both rows stay
-                kept = [old for old in read_rows(results) if old not in replaced and not superseded(old)]
+                others = [old for old in read_rows(results) if old not in replaced and not superseded(old)]
                 with common.replacing(results) as file:
-                    file.write("".join(json.dumps(line) + "\n" for line in [*kept, row]).encode())
+                    file.write("".join(json.dumps(line) + "\n" for line in [*others, row]).encode())
 
     if rank() == 0:  # the others wait at the SGD probe, which all share, or are done
         add("knn_top1", knn(train_x, train_y, test_x, test_y))
