@@ -74,7 +74,8 @@ $(TABLES): $(ENV)
 	$(SIDES); PATH="$(abspath $(dir $(PYTHON))):$$PATH" bash results/$@.sh
 
 # In two halves side by side: most of a test's time is a script that starts.
-SYNC := $(if $(filter output-sync,$(.FEATURES)),-O)  # not in macOS's make
+# macOS's make has no -O.
+SYNC := $(if $(filter output-sync,$(.FEATURES)),-O)
 test: $(ENV)
 	+@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 $(SYNC) test-1 test-2
 HALF := $(wildcard $(patsubst %,tests/test_%.py,cli bassl linear_probe recipes images cuda processes))
