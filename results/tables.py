@@ -36,9 +36,9 @@ On training images held out of the probe. Lines with 5 % of the labels have one 
 lies within a point or two: multi-crop gave SimCLR +0.4 of probe for three times the minutes; batch 64,
 temperature 0.1 and a warm-up lost 0.9 to 3.3 (and gained 0.1 to 1.7 of kNN); at 51,200 images seen NPID
 learned more from few of them seen often. With three seeds and 100,000 seen SimCLR at half the rate is at
-+0.2 ± 1.8 of probe, and NPID's 10,240 images ten times at -0.9 ± 0.9 of 5,120 twenty times, twice the rate at
--1.0 ± 2.2: nothing changed a default. Temperature 0.1, with two seeds, gains 1.0 to 1.3 of kNN and -0.4 and
-+1.4 of probe."""),
++0.2 ± 1.8 of probe, and NPID's 10,240 images ten times at -0.9 ± 0.9 of 5,120 twenty times, twice the rate
+at -1.0 ± 2.2: nothing changed a default. Temperature 0.1, with two seeds, gains 1.0 to 1.3 of kNN and -0.4
+and +1.4 of probe."""),
     "rates": ("Rates of the small recipe", "64 steps a method (NPID 120), on held-out images; one seed: "
               "enough to leave out rates that are far off."),
     "methods": ("Methods", """
@@ -51,11 +51,11 @@ The small recipe on CIFAR-10 with 15 epochs (MoCo v2 and BYOL 12; NPID 22,528 im
 by side on two cores. With both seeds SimCLR and BA-SSL lead from the first epoch on, over minutes and over
 images; two seeds can't tell them apart: SimCLR is above at 12 of the 15 epochs and at 8, over minutes most of
 the time with seed 0 alone. NPID stays below MoCo v2's curve over images, as far as that goes; over minutes it
-ends 2.2 below it with seed 0 and passes it in minute 39 with seed 1. An online kNN is of 1,000 images (±
-1.6), NPID's of other ones, so that these two aren't told apart either: on the test images NPID's probe is 0.5
-and 1.1 below MoCo v2's, its kNN 0.1 and 0.6 above. BYOL leaves the untrained network (36.9 and 45.8 in the
-table of methods) by 6 and 12 points of kNN and by 8 and 16 of probe; its seeds are 7 points of probe apart,
-the others' half a point at most. Minutes of one method differ between seeds by up to a fifth."""),
+ends 2.2 below it with seed 0 and passes it in minute 39 with seed 1. An online kNN is of 1,000 images
+(± 1.6), NPID's of other ones, so that these two aren't told apart either: on the test images NPID's probe is
+0.5 and 1.1 below MoCo v2's, its kNN 0.1 and 0.6 above. BYOL leaves the untrained network (36.9 and 45.8 in
+the table of methods) by 6 and 12 points of kNN and by 8 and 16 of probe; its seeds are 7 points of probe
+apart, the others' half a point at most. Minutes of one method differ between seeds by up to a fifth."""),
     "bassl-look": ("Which fusion by default", """
 On held-out training images. The default was chosen here, by two of its five seeds: +0.5 ± 1.2 over five, but
 -0.1 ± 1.7 over the three that had no say in it; the adversary +0.2 ± 1.2. Four more kinds, which bassl.py
@@ -64,8 +64,8 @@ no longer has and which stand in the commit of their rows, had two seeds and no 
 One view fused at a held gate against the plain framework, 10,000 images five times: ten seeds on an EPYC,
 three of them on a Xeon too. The paper's gain at small batches was not found: every interval of the probe's
 effect has zero in it. Runs of minutes can't show what 1,000 epochs would, and few seeds mislead: the EPYC's
-first five alone had +0.7 ± 0.4 at batch 128, and the same run with the same seed is up to 1.7 points of probe
-better or worse on the other processor."""),
+first five alone had +0.7 ± 0.4 at batch 128, and the same run with the same seed is up to 1.7 points of
+probe better or worse on the other processor."""),
     "bassl-fusion": ("Kinds of fusion", """
 Real pairs: four kinds of one, two and three layers, none better than the plain framework by its interval;
 5,000 images five times can't show what a longer run would. Unpaired ones with an open gate, where only a
@@ -182,7 +182,8 @@ def group(rows: list[dict], keys: tuple) -> dict[tuple, list[dict]]:
 def lines_of(rows: list[dict]) -> list[list[dict]]:
     """The rows of each line of a table: runs that differ in the seed alone; a second probe of one run, as by
     another --lr, is of another line. The untrained network first, then by batch, else in the rows' order."""
-    rows, lines = sorted(rows, key=lambda row: (row["method"] != "random", row.get("batch") or 0)), []
+    rows = sorted(rows, key=lambda row: (row["method"] != "random", row.get("batch") or 0))
+    lines = []
     for alike in group(rows, (*SETTINGS, *PROBE, "method", "variant", "flags")).values():
         of_each_seed = group(alike, ("seed",)).values()
         lines += [[row for row in line if row] for line in itertools.zip_longest(*of_each_seed)]
@@ -332,7 +333,8 @@ def table(rows: list[dict], published: bool = False) -> str:
                 line = cells.setdefault((source, method), {"method": method, "variant": f"*{source}*"})
                 line[METRICS.get(metric, metric)] = f"*{sets[dataset][method]:g}*"
         lines += sorted(cells.values(), key=lambda line: line["method"])
-        text += [f"**{dataset} {folder or ''}".strip() + "**", "", markdown(lines), ""]
+        title = " ".join(filter(None, (dataset, folder)))
+        text += [f"**{title}**", "", markdown(lines), ""]
     return "\n".join(text)
 
 
